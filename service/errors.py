@@ -1,0 +1,112 @@
+"""One exception tree for everything a user can be told, in the API, the worker and the command line.
+
+    C2IError                      code             HTTP  retryable
+    ├── InvalidInput              invalid_request   422
+    │   └── UnusableModel         unusable_model    422
+    ├── UnsupportedMediaType      wrong_content_type 415
+    ├── PayloadTooLarge           payload_too_large 413
+    ├── NotFound                  not_found         404
+    │   ├── ModelNotFound         model_not_found   404
+    │   └── JobNotFound           job_not_found     404
+    ├── Conflict                  conflict          409
+    ├── Unavailable               unavailable       503   yes
+    ├── OutOfMemory               out_of_memory     500
+    └── InternalError             internal_error    500   yes
+
+`param` names the offending field as a client wrote it: `examples[3].completion`. Messages never hold
+example texts, keys or server paths.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class C2IError(Exception):
+    """Root of the tree: `message` says in words a user can act on what is wrong and what would be right."""
+
+    code: ClassVar[str] = "internal_error"
+    status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The one shape of every error the API sends."""
+        return {"error": {"code": self.code, "message": self.message, "param": self.param}}
+
+
+class InvalidInput(C2IError):
+    """The request, or a file given on the command line, breaks a rule that `param` names."""
+
+    code = "invalid_request"
+    status = 422
+
+
+class UnusableModel(InvalidInput):
+    """The model exists and is refused: only pickle weights, remote code, an architecture without targets ..."""
+
+    code = "unusable_model"
+
+
+class UnsupportedMediaType(C2IError):
+    """The body is not `application/json`."""
+
+    code = "wrong_content_type"
+    status = 415
+
+
+class PayloadTooLarge(C2IError):
+    """The body is over the limit."""
+
+    code = "payload_too_large"
+    status = 413
+
+
+class NotFound(C2IError):
+    """No such route, file or artifact."""
+
+    code = "not_found"
+    status = 404
+
+
+class ModelNotFound(NotFound):
+    """No model of this ID is installed."""
+
+    code = "model_not_found"
+
+
+class JobNotFound(NotFound):
+    """No job of this ID, or one that belongs to somebody else."""
+
+    code = "job_not_found"
+
+
+class Conflict(C2IError):
+    """The job's state does not allow this: a report asked of a running job, a late worker's write."""
+
+    code = "conflict"
+    status = 409
+
+
+class Unavailable(C2IError):
+    """Redis or the disk does not answer."""
+
+    code = "unavailable"
+    status = 503
+    retryable = True
+
+
+class OutOfMemory(C2IError):
+    """A job needed more memory than its worker has."""
+
+    code = "out_of_memory"
+
+
+class InternalError(C2IError):
+    """A fault of ours; details are in the server's log only."""
+
+    retryable = True

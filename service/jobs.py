@@ -1,0 +1,457 @@
+"""The job contract: the only thing, with `errors`, that service and workers say to each other.
+
+What a client sends (`JobSpec`), what a job looks like from outside (`Job`), what a worker tells while it runs
+(`Progress`) and at its end (`Report`). Everything is validated here once, at the edge.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from service.errors import InvalidInput
+
+MAX_EXAMPLES = 10_000
+MAX_CHOICES = 1_000
+# A t-score over fewer examples separates nothing from noise.
+MIN_EXAMPLES = 8
+
+MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,95})?")
+
+
+class Strategy(StrEnum):
+    """Which structures are candidates for removal (METHOD 4). An open set: a new one is a member here and a
+    proposer in `workers.ranking`."""
+
+    COMPONENTS = "components"
+    """Singular components of all target modules in one list, by t."""
+
+
+class Objective(StrEnum):
+    """The loss whose gradient is taken (METHOD 2)."""
+
+    BOTH = "both"
+    """Negative log-likelihood of the completion plus cross-entropy over the choices."""
+    CHOICE = "choice"
+    """Cross-entropy over the choices' total log-probabilities."""
+    COMPLETION = "completion"
+    """Negative log-likelihood of the completion's tokens."""
+
+
+class PromptFormat(StrEnum):
+    """How a prompt reaches the model."""
+
+    TEXT = "text"
+    """As it is."""
+    CHAT = "chat"
+    """As a user's turn of the tokenizer's chat template; the completion is the assistant's turn."""
+
+
+class JobStatus(StrEnum):
+    """A job's states; the last three are terminal."""
+
+    QUEUED = "queued"
+    """Accepted and stored; no worker has it."""
+    RUNNING = "running"
+    """A worker's child process works on it."""
+    CANCELLING = "cancelling"
+    """A client asked to stop it; its process is being killed."""
+    SUCCEEDED = "succeeded"
+    """Verified and published; also when the verdict is that nothing improved."""
+    FAILED = "failed"
+    """Ended with an error that the record holds."""
+    CANCELLED = "cancelled"
+    """Stopped on request; nothing was published."""
+
+    @property
+    def terminal(self) -> bool:
+        """Whether the job will never change again."""
+        return self in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
+
+
+class Stage(StrEnum):
+    """The stages of an adaptation, in order."""
+
+    LOADING = "loading"
+    DECOMPOSING = "decomposing"
+    BACKWARD = "backward"
+    RANKING = "ranking"
+    SEARCHING = "searching"
+    VERIFYING = "verifying"
+    PUBLISHING = "publishing"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Text = Annotated[str, StringConstraints(strict=True, max_length=1_000_000)]
+
+
+class Example(_Model):
+    """One prompt with its gold completion and, for a closed task, the options it is one of."""
+
+    prompt: Text
+    completion: Text
+    choices: Annotated[list[Text], Field(max_length=MAX_CHOICES)] | None = None
+
+
+Examples = Annotated[list[Example], Field(max_length=MAX_EXAMPLES)]
+MetadataKey = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=64)]
+MetadataValue = Annotated[str, StringConstraints(strict=True, max_length=512)]
+
+
+class JobSpec(_Model):
+    """The body of `POST /v1/jobs`.
+
+    `validation` is the selection split and `test` the test split, where the client brings its own; what is not
+    brought is split off `examples`, by `seed`.
+    """
+
+    model: Annotated[str, StringConstraints(strict=True)]
+    examples: Examples
+    validation: Examples | None = None
+    test: Examples | None = None
+    strategy: Strategy = Strategy.COMPONENTS
+    passes: Annotated[int, Field(strict=True, ge=1, le=8)] = 1
+    objective: Objective = Objective.BOTH
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0
+    prompt_format: PromptFormat = PromptFormat.TEXT
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_model_id(self.model)
+        check_examples(self)
+        return self
+
+    @classmethod
+    def parse(cls, data: object) -> Self:
+        """Validate a decoded body or file.
+
+        Raises:
+            InvalidInput: naming the first field that is wrong.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise invalid_input(error) from None
+
+
+def invalid_input(error: ValidationError) -> InvalidInput:
+    """The first of pydantic's findings, as our error: `('examples', 3, 'prompt')` is `examples[3].prompt`."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    return InvalidInput(first["msg"], param=field_path(first["loc"]) or None)
+
+
+def field_path(location: Sequence[int | str]) -> str:
+    """`('examples', 3, 'choices', 0)` as a client would write it: `examples[3].choices[0]`."""
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path
+
+
+def check_model_id(model: str) -> None:
+    """Refuse everything that is not `name` or `owner/name`: a path, a URL, `..`."""
+    if not MODEL_ID.fullmatch(model) or ".." in model:
+        raise InvalidInput(
+            "a model ID is `name` or `owner/name` of letters, digits, `-`, `_` and single dots; "
+            "paths and URLs are not accepted. `GET /v1/models` lists what is installed.",
+            param="model",
+        )
+
+
+def check_examples(spec: JobSpec) -> None:
+    """What a schema cannot say: every rule about examples, each error naming its field."""
+    if len(spec.examples) < MIN_EXAMPLES:
+        found = "there are none" if not spec.examples else f"there are {len(spec.examples)}"
+        raise InvalidInput(f"at least {MIN_EXAMPLES} examples are needed; {found}", param="examples")
+    total = len(spec.examples) + len(spec.validation or []) + len(spec.test or [])
+    if total > MAX_EXAMPLES:
+        raise InvalidInput(
+            f"at most {MAX_EXAMPLES:,} examples a job, over all three lists; there are {total:,}", param="examples"
+        )
+    seen: dict[tuple[str, frozenset[str]], tuple[str, str, str]] = {}
+    for name, split in (("examples", spec.examples), ("validation", spec.validation), ("test", spec.test)):
+        if split is None:
+            continue
+        if not split:
+            raise InvalidInput("an empty list; leave the field out to split it off `examples`", param=name)
+        for i, example in enumerate(split):
+            at = f"{name}[{i}]"
+            _check_example(example, at)
+            if spec.objective is Objective.CHOICE and example.choices is None:
+                raise InvalidInput("`objective: choice` needs choices in every example", param=f"{at}.choices")
+            key = (example.prompt, frozenset(example.choices or ()))
+            first_at, first_name, completion = seen.setdefault(key, (at, name, example.completion))
+            if completion != example.completion:
+                raise InvalidInput(
+                    f"the prompt is the same as that of {first_at} and the completion another; "
+                    "a prompt has one right answer",
+                    param=f"{at}.completion",
+                )
+            if first_name != name:
+                raise InvalidInput(
+                    f"the same prompt stands in {first_at}; an example that the model was adapted on proves nothing",
+                    param=f"{at}.prompt",
+                )
+
+
+def _check_example(example: Example, at: str) -> None:
+    if not example.prompt.strip():
+        raise InvalidInput("empty; a prompt is the text that the model continues", param=f"{at}.prompt")
+    if not example.completion.strip():
+        raise InvalidInput("empty; a completion is the right continuation of the prompt", param=f"{at}.completion")
+    choices = example.choices
+    if choices is None:
+        return
+    if len(choices) < 2:
+        raise InvalidInput(
+            f"at least two choices are needed; there {'is one' if choices else 'are none'}. "
+            "Leave the field out for an open answer.",
+            param=f"{at}.choices",
+        )
+    for j, choice in enumerate(choices):
+        if not choice.strip():
+            raise InvalidInput("an empty choice", param=f"{at}.choices[{j}]")
+        first = choices.index(choice)
+        if first != j:
+            raise InvalidInput(f"the same choice as choices[{first}]", param=f"{at}.choices[{j}]")
+    if example.completion not in choices:
+        raise InvalidInput(
+            "not one of the example's choices; they are compared to the letter, blanks too", param=f"{at}.completion"
+        )
+
+
+class Progress(_Model):
+    """Where a running job is. `percent` never falls."""
+
+    stage: Stage | None = None
+    percent: Annotated[float, Field(ge=0, le=100)] = 0.0
+    eta_seconds: float | None = None
+    queue_position: int | None = None
+
+
+class JobError(_Model):
+    """Why a job failed, in words a user can act on."""
+
+    code: str
+    message: str
+    param: str | None = None
+    retryable: bool = False
+
+
+class Scores(_Model):
+    """What a model reached on the test split. `accuracy` is over the choices, null where no example has any."""
+
+    accuracy: float | None
+    exact_match: float
+    loss: float
+
+
+class Difference(_Model):
+    """Adapted minus base on the same examples: 95 % bootstrap interval; `p` by McNemar's exact test, for a loss by
+    the paired t-test."""
+
+    metric: Literal["accuracy", "exact_match", "loss"]
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+class Removed(_Model):
+    """How much the adapted model lacks of the base."""
+
+    components: int
+    modules: int
+
+
+class JobResult(_Model):
+    """The outcome in brief; `report.json` has it in full."""
+
+    improved: bool
+    verdict: str
+    base: Scores
+    adapted: Scores
+    difference: Difference
+    removed: Removed
+
+
+class Job(_Model):
+    """A job as its client sees it: `GET /v1/jobs/{id}`."""
+
+    id: str
+    status: JobStatus
+    model: str
+    strategy: Strategy
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    attempt: int = 0
+    progress: Progress = Progress()
+    result: JobResult | None = None
+    error: JobError | None = None
+    metadata: dict[str, str] = Field(default_factory=dict)
+
+
+class JobEvent(_Model):
+    """One line of a job's history. `id` grows with time."""
+
+    id: str
+    created_at: datetime
+    kind: Literal["status", "progress"]
+    message: str
+    status: JobStatus
+    progress: Progress
+
+
+class ArtifactFile(_Model):
+    """One published file; `path` is relative to the job, with `/`."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+# --- report.json ------------------------------------------------------------------------------------------------
+
+
+class SplitSizes(_Model):
+    """Examples in each split, after exact duplicates were dropped. `folds` is set where few examples were
+    cross-fitted: gradient and selection then are the same examples, each judged by folds without it."""
+
+    gradient: int
+    selection: int
+    test: int
+    folds: int | None = None
+    duplicates_dropped: int = 0
+    cross_validated: bool = False
+
+
+class Metrics(Scores):
+    """`Scores` with what shows a collapse to one label. `confusion[gold][predicted]` counts, over the choices."""
+
+    n: int
+    balanced_accuracy: float | None
+    majority_rate: float
+    confusion: dict[str, dict[str, int]] | None
+
+
+class Candidate(_Model):
+    """One plan that the search tried: its size, what first order predicted and what came out, on the selection
+    split. Losses are means per example."""
+
+    size: int
+    predicted_loss: float
+    loss: float
+    accuracy: float | None
+    exact_match: float
+    seconds: float
+
+
+class PassReport(_Model):
+    """One round of backward, ranking and search."""
+
+    number: int
+    base_loss: float
+    candidates: list[Candidate]
+    chosen: int
+    """Components removed by this pass; 0 where it was not accepted."""
+    loss: float
+    p: float
+    accepted: bool
+    reason: str
+    still_falling: bool
+    seconds: float
+
+
+class PlanEntry(_Model):
+    """What is removed from one module: `components` are indices into its singular values, largest first."""
+
+    module: str
+    shape: tuple[int, int]
+    components: list[int]
+    relative_norm: float
+    """Frobenius norm of what is removed over that of the weight."""
+
+
+class SkippedModule(_Model):
+    """A weight inside the blocks that cannot be handled, and why."""
+
+    module: str
+    reason: str
+
+
+class Verification(_Model):
+    """Largest absolute difference of logits between the artifact reloaded from disk and the adapted model."""
+
+    adapter: float
+    model: float
+
+
+class Cost(_Model):
+    """Time and memory. FB is one forward and backward over the gradient split, measured in this run."""
+
+    stages: dict[str, float]
+    """Seconds a stage; keys are `Stage` values, `test` for the evaluations on the test split."""
+    fb_seconds: float
+    adaptation_fb: float
+    """Backward, ranking and searching, in FB: all but loading, decomposing, verifying, the test and publishing."""
+    stages_fb: dict[str, float]
+    peak_memory_bytes: int
+    adapter_bytes: int
+    model_bytes: int
+
+
+class Outlook(_Model):
+    """Whether the loss was still falling when the passes ended, and what another pass would cost."""
+
+    still_falling: bool
+    next_pass_seconds: float
+    message: str
+
+
+class ModelInfo(_Model):
+    """The base model. `revision` is its commit, or for a local folder the sha256 of its weights' headers and
+    configuration."""
+
+    id: str
+    revision: str
+    architecture: str
+    dtype: str
+    parameters: int
+    target_modules: int
+    components: int
+
+
+class Report(JobResult):
+    """`report.json`: everything that was done, tried, measured and proved."""
+
+    schema_version: Literal[1] = 1
+    model: ModelInfo
+    strategy: Strategy
+    objective: Objective
+    prompt_format: PromptFormat
+    seed: int
+    passes_requested: int
+    splits: SplitSizes
+    base: Metrics
+    after_first_pass: Metrics | None
+    adapted: Metrics
+    differences: list[Difference]
+    """Every metric's difference; `difference` is the one the verdict stands on."""
+    first_pass_differences: list[Difference]
+    passes: list[PassReport]
+    outlook: Outlook
+    plan: list[PlanEntry]
+    skipped_modules: list[SkippedModule]
+    verification: Verification
+    cost: Cost
+    versions: dict[str, str]

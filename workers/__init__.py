@@ -1,0 +1,1 @@
+"""The adaptation itself: one backward pass, a ranking, a search, a proof, an artifact."""
