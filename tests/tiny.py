@@ -1,0 +1,147 @@
+"""Tiny random models of real architectures, saved as a user would have them: config, safetensors, tokenizer.
+
+python -m tests.tiny llama /tmp/tiny-llama
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+HIDDEN = 32
+LAYERS = 2
+CONTEXT = 256
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>"]
+CORPUS = [
+    "The capital of France is Paris.",
+    "Which country is this city in? City: Lyon. Country: France",
+    "Is this sentence good or bad? Answer: good",
+    "Answer: yes Answer: no yes no positive negative red green blue",
+]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE that knows every byte and has learnt a few dozen merges from `CORPUS`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(CORPUS, trainer)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|pad|>", model_max_length=CONTEXT
+    )
+    made.chat_template = CHAT_TEMPLATE
+    return made
+
+
+def _rotary(**more: Any) -> dict[str, Any]:
+    """The keys that Llama's descendants share: grouped-query attention, a gated feed-forward."""
+    return {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        **more,
+    }
+
+
+_GPT = {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": CONTEXT}
+
+# Name -> (`model_type` of transformers, keys of its config).
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _rotary(tie_word_embeddings=True)),
+    "qwen2": ("qwen2", _rotary()),
+    "qwen3": ("qwen3", _rotary(head_dim=16)),
+    "gemma2": ("gemma2", _rotary(head_dim=8, sliding_window=32, query_pre_attn_scalar=8)),
+    "gemma3": ("gemma3_text", _rotary(head_dim=8, sliding_window=32, query_pre_attn_scalar=8)),
+    "gpt2": ("gpt2", _GPT),
+    "gptj": ("gptj", {**_GPT, "rotary_dim": 4}),
+    "gpt_neox": (
+        "gpt_neox",
+        {
+            "hidden_size": HIDDEN,
+            "intermediate_size": 64,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4,
+            "max_position_embeddings": CONTEXT,
+        },
+    ),
+    "phi": ("phi", _rotary(num_key_value_heads=4)),
+    "phi3": ("phi3", _rotary()),
+    "mistral": ("mistral", _rotary(sliding_window=16)),
+}
+
+
+def build(
+    architecture: str,
+    folder: Path,
+    dtype: str = "float32",
+    seed: int = 0,
+    *,
+    prepare: Callable[[Any], None] | None = None,
+) -> Path:
+    """Save a random model of the architecture and its tokenizer into `folder`.
+
+    `prepare` sees the model before it is saved. The weights are drawn ten times wider than transformers does: at
+    its 0.02 a tiny model's outputs are all but constant and gradients vanish in rounding.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    made = tokenizer()
+    model_type, keys = ARCHITECTURES[architecture]
+    ids = {
+        "bos_token_id": made.eos_token_id,
+        "eos_token_id": made.eos_token_id,
+        "pad_token_id": made.pad_token_id,
+    }
+    config = AutoConfig.for_model(model_type, vocab_size=len(made), initializer_range=0.2, **ids, **keys)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        # Biases start at zero and norms at one everywhere: a bug that swaps or drops them would not show.
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+    if prepare is not None:
+        prepare(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    made.save_pretrained(folder)
+    return folder
+
+
+def learnable_examples(count: int = 80) -> list[dict[str, Any]]:
+    """Examples of a small closed task, no two alike."""
+    labels = [" yes", " no", " red"]
+    return [
+        {"prompt": f"Item {i}: answer", "completion": labels[i * 7 % 3], "choices": labels}
+        for i in range(count)
+    ]
+
+
+if __name__ == "__main__":
+    build(sys.argv[1], Path(sys.argv[2]))
+    sys.stdout.write(json.dumps({"architecture": sys.argv[1], "folder": sys.argv[2]}) + "\n")
