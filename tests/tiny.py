@@ -103,8 +103,8 @@ def build(
 ) -> Path:
     """Save a random model of the architecture and its tokenizer into `folder`.
 
-    `prepare` sees the model before it is saved. The weights are drawn ten times wider than transformers does: at
-    its 0.02 a tiny model's outputs are all but constant and gradients vanish in rounding.
+    `prepare` sees the model before it is saved. The weights are drawn ten times wider than transformers does:
+    at its 0.02 a tiny model's outputs are all but constant and gradients vanish in rounding.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
