@@ -8,9 +8,11 @@
     ├── NotFound                  not_found         404
     │   ├── ModelNotFound         model_not_found   404
     │   └── JobNotFound           job_not_found     404
+    ├── MethodNotAllowed          method_not_allowed 405
     ├── Conflict                  conflict          409
     ├── Unavailable               unavailable       503   yes
     ├── OutOfMemory               out_of_memory     500
+    ├── WorkerDied                worker_died       500
     └── InternalError             internal_error    500   yes
 
 `param` names the offending field as a client wrote it: `examples[3].completion`. Messages never hold
@@ -85,6 +87,13 @@ class JobNotFound(NotFound):
     code = "job_not_found"
 
 
+class MethodNotAllowed(C2IError):
+    """The route exists; this method on it does not."""
+
+    code = "method_not_allowed"
+    status = 405
+
+
 class Conflict(C2IError):
     """The job's state does not allow this: a report asked of a running job, a late worker's write."""
 
@@ -104,6 +113,12 @@ class OutOfMemory(C2IError):
     """A job needed more memory than its worker has."""
 
     code = "out_of_memory"
+
+
+class WorkerDied(C2IError):
+    """A job's process ended without a word, as often as it was tried."""
+
+    code = "worker_died"
 
 
 class InternalError(C2IError):

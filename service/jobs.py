@@ -142,11 +142,24 @@ class JobSpec(_Model):
         except ValidationError as error:
             raise invalid_input(error) from None
 
+    @classmethod
+    def parse_json(cls, body: bytes) -> Self:
+        """Validate a body as it came.
+
+        Raises:
+            InvalidInput: naming the first field that is wrong, no field where it is not JSON.
+        """
+        try:
+            return cls.model_validate_json(body)
+        except ValidationError as error:
+            raise invalid_input(error) from None
+
 
 def invalid_input(error: ValidationError) -> InvalidInput:
     """The first of pydantic's findings, as our error: `('examples', 3, 'prompt')` is `examples[3].prompt`."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    return InvalidInput(first["msg"], param=field_path(first["loc"]) or None)
+    location = [part for part in first["loc"] if part != "[key]"]
+    return InvalidInput(first["msg"].removeprefix("Value error, "), param=field_path(location) or None)
 
 
 def field_path(location: Sequence[int | str]) -> str:
@@ -175,7 +188,8 @@ def check_examples(spec: JobSpec) -> None:
     total = len(spec.examples) + len(spec.validation or []) + len(spec.test or [])
     if total > MAX_EXAMPLES:
         raise InvalidInput(
-            f"at most {MAX_EXAMPLES:,} examples a job, over all three lists; there are {total:,}", param="examples"
+            f"at most {MAX_EXAMPLES:,} examples a job, over all three lists; there are {total:,}",
+            param="examples",
         )
     seen: dict[tuple[str, frozenset[str]], tuple[str, str, str]] = {}
     for name, split in (("examples", spec.examples), ("validation", spec.validation), ("test", spec.test)):
@@ -217,15 +231,17 @@ def _check_example(example: Example, at: str) -> None:
             "Leave the field out for an open answer.",
             param=f"{at}.choices",
         )
+    seen: dict[str, int] = {}
     for j, choice in enumerate(choices):
         if not choice.strip():
             raise InvalidInput("an empty choice", param=f"{at}.choices[{j}]")
-        first = choices.index(choice)
+        first = seen.setdefault(choice, j)
         if first != j:
             raise InvalidInput(f"the same choice as choices[{first}]", param=f"{at}.choices[{j}]")
-    if example.completion not in choices:
+    if example.completion not in seen:
         raise InvalidInput(
-            "not one of the example's choices; they are compared to the letter, blanks too", param=f"{at}.completion"
+            "not one of the example's choices; they are compared to the letter, blanks too",
+            param=f"{at}.completion",
         )
 
 

@@ -136,10 +136,7 @@ def build(
 def learnable_examples(count: int = 80) -> list[dict[str, Any]]:
     """Examples of a small closed task, no two alike."""
     labels = [" yes", " no", " red"]
-    return [
-        {"prompt": f"Item {i}: answer", "completion": labels[i * 7 % 3], "choices": labels}
-        for i in range(count)
-    ]
+    return [{"prompt": f"Item {i}: answer", "completion": labels[i * 7 % 3], "choices": labels} for i in range(count)]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,130 @@
+"""Whether examples fit into a model's context, counted before any work by the light `tokenizers` package.
+
+Most examples are so short that no token count is needed: a tokenizer that does not lengthen its text makes at most
+one token of each byte. Only the others are tokenised.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from service.errors import UnusableModel
+from service.jobs import Example, JobSpec, PromptFormat
+from service.models import Model, too_long
+
+# Special tokens that a post-processor may add, and a blank that a pre-tokenizer may prepend.
+MARGIN_TOKENS = 64
+# By how much a normalizer can lengthen a text in UTF-8, at worst: U+FDFA is 3 bytes and 33 under NFKC. One that is
+# not listed may do anything, and every example is then tokenised.
+GROWTH = {"Prepend": 1, "Strip": 1, "StripAccents": 1, "Replace": 3, "NFC": 4, "NFD": 4, "Lowercase": 2}
+GROWTH |= {"NFKC": 11, "NFKD": 11}
+
+
+def check_lengths(model: Model, spec: JobSpec) -> None:
+    """Refuse the first example that is longer than the model's context.
+
+    Where the model has no `tokenizer.json` nothing is known here and the worker checks. In a chat the template's
+    tokens come on top: the worker, which can render it, counts again.
+
+    Raises:
+        InvalidInput: naming the example, its tokens and the limit.
+    """
+    path = model.folder / "tokenizer.json"
+    limit = model.context_length
+    if limit is None or not path.is_file():
+        return
+    status = path.stat()
+    key = (path, status.st_size, status.st_mtime_ns)
+    growth = _growth(*key)
+    long = [
+        (at, example)
+        for at, example in _all(spec)
+        if growth is None or growth * _bytes(example) + MARGIN_TOKENS > limit
+    ]
+    if not long:
+        return
+    tokenizer = _tokenizer(*key)
+    special = spec.prompt_format is PromptFormat.TEXT
+    prompts = tokenizer.encode_batch_fast([example.prompt for _, example in long], add_special_tokens=special)
+    # Each distinct answer once: closed tasks have the same few choices everywhere.
+    answers = list(dict.fromkeys(answer for _, example in long for answer in _answers(example)))
+    encoded = tokenizer.encode_batch_fast(answers, add_special_tokens=False)
+    lengths = {answer: len(tokens) for answer, tokens in zip(answers, encoded, strict=True)}
+    for (at, example), prompt in zip(long, prompts, strict=True):
+        tokens = len(prompt) + max(lengths[answer] for answer in _answers(example))
+        if tokens > limit:
+            raise too_long(at, tokens, limit)
+
+
+def _all(spec: JobSpec) -> Iterator[tuple[str, Example]]:
+    for name, split in (("examples", spec.examples), ("validation", spec.validation), ("test", spec.test)):
+        for i, example in enumerate(split or ()):
+            yield f"{name}[{i}]", example
+
+
+def _answers(example: Example) -> Sequence[str]:
+    return example.choices or (example.completion,)
+
+
+def _bytes(example: Example) -> int:
+    return len(example.prompt.encode()) + max(len(answer.encode()) for answer in _answers(example))
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(path: Path, size: int, changed: int) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception:  # the package raises nothing narrower
+        raise UnusableModel("this model cannot be used: its tokenizer.json is not readable", param="model") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+@lru_cache(maxsize=256)
+def _growth(path: Path, size: int, changed: int) -> int | None:
+    """Tokens a byte of text, at most; None where that is unknown.
+
+    The normalizer stands before the vocabulary, which is the bulk of the file and is not decoded: reading it would
+    cost the first request 0.1 to 1 s.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
+    decoder = json.JSONDecoder()
+    at = text.find("{") + 1
+    parts: dict[str, Any] = {}
+    try:
+        while "normalizer" not in parts or "post_processor" not in parts:
+            at = text.index('"', at)
+            key, at = decoder.raw_decode(text, at)
+            if key == "model":
+                return None
+            at = text.index(":", at) + 1
+            while text[at].isspace():
+                at += 1
+            parts[key], at = decoder.raw_decode(text, at)
+    except (ValueError, IndexError, RecursionError):
+        return None
+    if len(json.dumps(parts["post_processor"])) > 40 * MARGIN_TOKENS:
+        return None
+    growth = 1
+    for kind in _normalizers(parts["normalizer"]):
+        if kind not in GROWTH:
+            return None
+        growth *= GROWTH[kind]
+    return growth
+
+
+def _normalizers(value: object) -> Iterator[str]:
+    if isinstance(value, dict):
+        inner = value.get("normalizers")
+        if isinstance(inner, list):
+            for one in inner:
+                yield from _normalizers(one)
+        else:
+            yield str(value.get("type"))

@@ -1,0 +1,90 @@
+"""Everything an operator can set, read once from the environment (`C2I_*`, and `REDIS_URL` under its plain name)."""
+
+from __future__ import annotations
+
+import ipaddress
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.jobs import invalid_input
+
+MAX_BODY_BYTES = 16_000_000
+
+
+class Settings(BaseSettings):
+    """One frozen object, made at a process's start and handed down."""
+
+    model_config = SettingsConfigDict(env_prefix="C2I_", frozen=True, validate_by_name=True)
+
+    data: Path = Path("data")
+    """Models, artifacts, caches and the embedded Redis live below."""
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """0 takes a free one."""
+    workers: Annotated[int, Field(ge=0, le=64)] = 1
+    """Worker processes that `c2i serve` starts beside the API."""
+    redis_url: Annotated[str | None, Field(validation_alias="REDIS_URL")] = None
+    """An external Redis or Valkey, 6.2 or newer; without it an embedded one is started."""
+    job_ttl: timedelta = timedelta(days=30)
+    """How long a finished job's record and artifacts are kept."""
+    insecure_public: bool = False
+    """Serve on a public address although there are no keys yet: everyone who reaches it may use it."""
+
+    @property
+    def models(self) -> Path:
+        """A folder a model: `models/NAME` or `models/OWNER/NAME`."""
+        return self.data / "models"
+
+    @property
+    def artifacts(self) -> Path:
+        """The artifact store."""
+        return self.data / "artifacts"
+
+    @property
+    def cache(self) -> Path:
+        """Decompositions of weights, shared by all jobs."""
+        return self.data / "cache"
+
+    @classmethod
+    def load(cls, **given: object) -> Self:
+        """The environment's settings with the command line's over them; None is not given.
+
+        Raises:
+            InvalidInput: naming the setting that is wrong.
+        """
+        try:
+            return cls(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        except ValidationError as error:
+            raise invalid_input(error) from None
+
+    @field_validator("data")
+    @classmethod
+    def _absolute(cls, data: Path) -> Path:
+        return data.expanduser().absolute()
+
+    @field_validator("redis_url")
+    @classmethod
+    def _empty_is_none(cls, url: str | None) -> str | None:
+        return url or None
+
+    @model_validator(mode="after")
+    def _refuse_public(self) -> Self:
+        if not self.insecure_public and not is_loopback(self.host):
+            raise ValueError(
+                f"refusing to listen on {self.host}: there are no API keys yet, so everyone who reaches that "
+                "address could use the service. Listen on 127.0.0.1 behind a proxy that authenticates, or say "
+                "--insecure-public (C2I_INSECURE_PUBLIC=1)."
+            )
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address. A name other than `localhost` may lead anywhere."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
