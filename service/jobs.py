@@ -33,7 +33,7 @@ class Strategy(StrEnum):
 
 
 class Objective(StrEnum):
-    """The loss whose gradient is taken (METHOD 2)."""
+    """The loss whose gradient is taken (METHOD 2). Of an example without choices it is always the likelihood."""
 
     BOTH = "both"
     """Negative log-likelihood of the completion plus cross-entropy over the choices."""
@@ -200,8 +200,6 @@ def check_examples(spec: JobSpec) -> None:
         for i, example in enumerate(split):
             at = f"{name}[{i}]"
             _check_example(example, at)
-            if spec.objective is Objective.CHOICE and example.choices is None:
-                raise InvalidInput("`objective: choice` needs choices in every example", param=f"{at}.choices")
             key = (example.prompt, frozenset(example.choices or ()))
             first_at, first_name, completion = seen.setdefault(key, (at, name, example.completion))
             if completion != example.completion:

@@ -1,0 +1,468 @@
+"""Jobs in Redis: the one module that knows its keys.
+
+    c2i:jobs                      sorted set of all job IDs, which sort by time of creation
+    c2i:active                    set of the IDs that are not terminal
+    c2i:job:ID                    hash: the record
+    c2i:job:ID:events             stream: what happened to it
+    c2i:job:ID:lease:ATTEMPT      a worker has it; it renews this, and the key lapses with the worker
+
+rq is transport alone: a job's ID, as JSON, in its queue. Each delivery to a worker has an ID of its own,
+`JOB-N`, so that a second delivery never touches what rq keeps of the first. Every change of a record is one
+transaction that watches the record, so a change either saw the newest state or is made again.
+
+A worker's writes carry the attempt they belong to and are refused once another attempt has begun.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
+from urllib.parse import quote
+
+from redis import Redis
+from redis.backoff import ExponentialBackoff
+from redis.client import Pipeline
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import WatchError
+from redis.retry import Retry
+from rq import Queue
+from rq.serializers import JSONSerializer
+
+from service.errors import C2IError, Conflict, InvalidInput, JobNotFound, Unavailable, WorkerDied
+from service.jobs import Job, JobError, JobEvent, JobResult, JobSpec, JobStatus, Progress
+
+QUEUE = "c2i"
+# A worker renews its lease every second; a machine that swaps may miss a few.
+LEASE_SECONDS = 12
+# A job whose process was killed is tried three times in all.
+MAX_CRASHES = 3
+MAX_EVENTS = 1_000
+OLDEST_REDIS = (6, 2)
+
+Record = dict[str, str]
+Change = Callable[[Record, Pipeline], None]
+
+
+def connect(url: str) -> Redis:
+    """A client that waits out a restart of Redis, up to three seconds of it."""
+    retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), 8, supported_errors=(RedisConnectionError,))
+    return Redis.from_url(url, socket_connect_timeout=5, socket_timeout=10, retry=retry)
+
+
+def socket_url(path: str) -> str:
+    """The URL of a Redis that listens on a unix socket."""
+    return f"unix://{quote(path)}"
+
+
+def new_job_id() -> str:
+    """Random, and sorted by the time it was made: ten digits of milliseconds in base 32, ten random ones."""
+    return "job_" + _base32(time.time_ns() // 1_000_000) + _base32(secrets.randbits(50))
+
+
+def _base32(number: int) -> str:
+    return "".join("0123456789abcdefghjkmnpqrstvwxyz"[number >> shift & 31] for shift in range(45, -5, -5))
+
+
+class JobQueue:
+    """Records, events and deliveries of all jobs."""
+
+    def __init__(self, redis: Redis, ttl: timedelta) -> None:
+        self.redis = redis
+        self.deliveries = Queue(QUEUE, connection=redis, serializer=JSONSerializer, default_timeout=-1)
+        self._ttl = ttl
+
+    def check(self) -> None:
+        """Raises Unavailable where Redis does not answer or is too old."""
+        version = str(self.redis.info("server")["redis_version"])
+        if tuple(map(int, version.split(".")[:2])) < OLDEST_REDIS:
+            raise Unavailable(f"Redis {version} is too old; 6.2 or newer is needed")
+
+    # --- what clients do -----------------------------------------------------------------------------------------
+
+    def create(self, job_id: str, spec: JobSpec) -> Job:
+        """Store the record and queue the job, both or neither. Its input must be stored already."""
+        record = {
+            "id": job_id,
+            "status": JobStatus.QUEUED.value,
+            "model": spec.model,
+            "strategy": spec.strategy.value,
+            "created_at": _now(),
+            "attempt": "0",
+            "crashes": "0",
+            "deliveries": "0",
+            "progress": Progress().model_dump_json(),
+            "metadata": json.dumps(spec.metadata),
+        }
+        with self.redis.pipeline() as pipe:
+            pipe.multi()
+            pipe.hset(_job_key(job_id), mapping=cast(Any, record))
+            pipe.zadd("c2i:jobs", {job_id: 0})
+            pipe.sadd("c2i:active", job_id)
+            self._deliver(record, pipe)
+            self._add_event(record, pipe, "status", "queued")
+            pipe.execute()
+        return self.get(job_id)
+
+    def get(self, job_id: str) -> Job:
+        """The job as clients see it.
+
+        Raises:
+            JobNotFound: there is none, or it has expired.
+        """
+        record = self._record(job_id)
+        if record["status"] == JobStatus.QUEUED:
+            ahead = self.redis.lpos(self.deliveries.key, _delivery_id(record))
+            return _job(record, queue_position=1 if ahead is None else int(cast(int, ahead)) + 1)
+        return _job(record)
+
+    def status(self, job_id: str) -> JobStatus:
+        """The status alone, cheaply."""
+        status = cast(bytes | None, self.redis.hget(_job_key(job_id), "status"))
+        if status is None:
+            raise _not_found(job_id)
+        return JobStatus(status.decode())
+
+    def list_jobs(self, limit: int, after: str | None = None) -> list[Job]:
+        """Jobs from the newest to the oldest, at most `limit`, older than the job `after`."""
+        found: list[Job] = []
+        newest = f"({after}" if after else "+"
+        while len(found) < limit:
+            ids = cast(list[bytes], self.redis.zrevrangebylex("c2i:jobs", newest, "-", 0, limit - len(found)))
+            if not ids:
+                break
+            newest = f"({ids[-1].decode()}"
+            for job_id in ids:
+                try:
+                    found.append(self.get(job_id.decode()))
+                except JobNotFound:
+                    self.redis.zrem("c2i:jobs", job_id)  # expired
+        return found
+
+    def events(self, job_id: str, after: str | None = None) -> list[JobEvent]:
+        """What happened to the job, oldest first, later than the event `after`."""
+        self.status(job_id)
+        entries = cast(
+            list[tuple[bytes, dict[bytes, bytes]]],
+            self.redis.xrange(_events_key(job_id), f"({after}" if after else "-", "+"),
+        )
+        return [
+            JobEvent.model_validate({**json.loads(fields[b"event"]), "id": event_id.decode()})
+            for event_id, fields in entries
+        ]
+
+    def cancel(self, job_id: str) -> Job:
+        """Stop a job: at once where it is queued, else by asking its worker. Twice is as good as once.
+
+        Raises:
+            Conflict: it has ended otherwise.
+        """
+
+        def change(record: Record, pipe: Pipeline) -> None:
+            if record["status"] == JobStatus.QUEUED:
+                self._withdraw(record, pipe)
+                self._end(record, pipe, JobStatus.CANCELLED, "cancelled before it began")
+            elif record["status"] == JobStatus.RUNNING:
+                self._set(record, pipe, status=JobStatus.CANCELLING.value)
+                self._add_event(record, pipe, "status", "cancelling")
+            elif record["status"] in (JobStatus.SUCCEEDED, JobStatus.FAILED):
+                raise Conflict(f"the job has {record['status']} already; there is nothing to cancel")
+
+        self._change(job_id, change)
+        return self.get(job_id)
+
+    def delete(self, job_id: str) -> None:
+        """Forget a terminal job.
+
+        Raises:
+            Conflict: it still runs or waits.
+        """
+
+        def change(record: Record, pipe: Pipeline) -> None:
+            if not JobStatus(record["status"]).terminal:
+                raise Conflict(
+                    f"the job is {record['status']}; cancel it first (POST /v1/jobs/{job_id}/cancel), then delete it"
+                )
+            pipe.delete(_job_key(job_id), _events_key(job_id))
+            pipe.zrem("c2i:jobs", job_id)
+
+        self._change(job_id, change)
+
+    # --- what workers do -----------------------------------------------------------------------------------------
+
+    def start(self, job_id: str) -> int:
+        """Take a queued job; the number of the attempt that begins, with its lease.
+
+        Raises:
+            Conflict: it was cancelled, or another worker has it.
+        """
+        attempt = 0
+
+        def change(record: Record, pipe: Pipeline) -> None:
+            nonlocal attempt
+            if record["status"] != JobStatus.QUEUED:
+                raise Conflict(f"the job is {record['status']}, not queued")
+            attempt = int(record["attempt"]) + 1
+            progress = Progress().model_dump_json()
+            status = JobStatus.RUNNING.value
+            self._set(record, pipe, status=status, attempt=str(attempt), started_at=_now(), progress=progress)
+            pipe.set(_lease_key(job_id, attempt), "", ex=LEASE_SECONDS)
+            self._add_event(record, pipe, "status", f"attempt {attempt} began")
+
+        self._change(job_id, change)
+        return attempt
+
+    def keep(self, job_id: str, attempt: int) -> JobStatus | None:
+        """Renew the lease of an attempt; the job's status, None where the attempt is not the current one."""
+        with self.redis.pipeline() as pipe:
+            pipe.set(_lease_key(job_id, attempt), "", ex=LEASE_SECONDS)
+            pipe.hmget(_job_key(job_id), "status", "attempt")
+            _, (status, current) = pipe.execute()
+        return JobStatus(status.decode()) if status and int(current) == attempt else None
+
+    def progress(self, job_id: str, attempt: int, progress: Progress, message: str) -> None:
+        """Record where the attempt is.
+
+        Raises:
+            Conflict: it is to stop.
+        """
+
+        def change(record: Record, pipe: Pipeline) -> None:
+            _check_attempt(record, attempt, JobStatus.RUNNING)
+            self._set(record, pipe, progress=progress.model_dump_json())
+            self._add_event(record, pipe, "progress", message)
+
+        self._change(job_id, change)
+
+    def succeed(self, job_id: str, attempt: int, result: JobResult) -> None:
+        """End with a result. What the attempt published becomes visible by this."""
+
+        def change(record: Record, pipe: Pipeline) -> None:
+            _check_attempt(record, attempt, JobStatus.RUNNING)
+            progress = Progress.model_validate_json(record["progress"]).model_copy(
+                update={"percent": 100.0, "eta_seconds": 0.0}
+            )
+            self._set(record, pipe, result=result.model_dump_json(), progress=progress.model_dump_json())
+            self._end(record, pipe, JobStatus.SUCCEEDED, result.verdict)
+
+        self._change(job_id, change)
+
+    def fail(self, job_id: str, attempt: int, error: C2IError) -> None:
+        """End with an error."""
+
+        def change(record: Record, pipe: Pipeline) -> None:
+            _check_attempt(record, attempt, JobStatus.RUNNING)
+            self._fail(record, pipe, error)
+
+        self._change(job_id, change)
+
+    def cancelled(self, job_id: str, attempt: int) -> None:
+        """The process of a job that was to be cancelled is gone."""
+
+        def change(record: Record, pipe: Pipeline) -> None:
+            _check_attempt(record, attempt, JobStatus.CANCELLING)
+            self._end(record, pipe, JobStatus.CANCELLED, "cancelled while it ran")
+
+        self._change(job_id, change)
+
+    def give_back(self, job_id: str, attempt: int, reason: str, *, crashed: bool) -> None:
+        """Queue a running job again, before all others; fail it where it has crashed too often."""
+
+        def change(record: Record, pipe: Pipeline) -> None:
+            _check_attempt(record, attempt, JobStatus.RUNNING)
+            crashes = int(record["crashes"]) + crashed
+            self._set(record, pipe, crashes=str(crashes))
+            pipe.delete(_lease_key(job_id, attempt))
+            if crashes >= MAX_CRASHES:
+                self._fail(
+                    record,
+                    pipe,
+                    WorkerDied(
+                        f"the job's process ended {crashes} times without a result, last: {reason}. Most often the "
+                        "machine ran out of memory: send fewer or shorter examples, take a smaller model, or give "
+                        "the worker more memory."
+                    ),
+                )
+                return
+            self._set(record, pipe, status=JobStatus.QUEUED.value, progress=Progress().model_dump_json())
+            self._deliver(record, pipe, at_front=True)
+            self._add_event(record, pipe, "status", f"queued again: {reason}")
+
+        self._change(job_id, change)
+
+    # --- what the reaper does ------------------------------------------------------------------------------------
+
+    def find_lost(self) -> dict[str, int]:
+        """Jobs, with their attempts, that neither the queue nor a living worker has.
+
+        A queued job is so for a moment on its way to a worker: only what stays lost is.
+        """
+        ids = [job_id.decode() for job_id in cast(set[bytes], self.redis.smembers("c2i:active"))]
+        waiting = {entry.decode() for entry in cast(list[bytes], self.redis.lrange(self.deliveries.key, 0, -1))}
+        lost: dict[str, int] = {}
+        for job_id in ids:
+            record = self._read(job_id)
+            if not record:
+                self.redis.srem("c2i:active", job_id)
+            elif record["status"] == JobStatus.QUEUED:
+                if _delivery_id(record) not in waiting:
+                    lost[job_id] = int(record["attempt"])
+            elif not self.redis.exists(_lease_key(job_id, int(record["attempt"]))):
+                lost[job_id] = int(record["attempt"])
+        return lost
+
+    def recover(self, job_id: str, attempt: int) -> None:
+        """Queue a lost job again, or end it where it was being cancelled."""
+
+        def redeliver(record: Record, pipe: Pipeline) -> None:
+            _check_attempt(record, attempt, JobStatus.QUEUED)
+            self._withdraw(record, pipe)
+            self._deliver(record, pipe, at_front=True)
+
+        status = self.status(job_id)
+        if status is JobStatus.QUEUED:
+            self._change(job_id, redeliver)
+        elif status is JobStatus.RUNNING:
+            self.give_back(job_id, attempt, "its worker is gone", crashed=True)
+        elif status is JobStatus.CANCELLING:
+            self.cancelled(job_id, attempt)
+
+    def running(self) -> set[tuple[str, int]]:
+        """Every job that is not terminal, with its attempt."""
+        ids = [job_id.decode() for job_id in cast(set[bytes], self.redis.smembers("c2i:active"))]
+        return {(job_id, int(record["attempt"])) for job_id in ids if (record := self._read(job_id))}
+
+    def exists(self, job_id: str) -> bool:
+        """Whether there is a record."""
+        return bool(self.redis.exists(_job_key(job_id)))
+
+    # --- keys and transactions -----------------------------------------------------------------------------------
+
+    def _change(self, job_id: str, change: Change) -> None:
+        """One transaction on a record: `change` sees it and queues commands, or raises and nothing happens."""
+        with self.redis.pipeline() as pipe:
+            while True:
+                try:
+                    pipe.watch(_job_key(job_id))  # type: ignore[no-untyped-call]
+                    record = _decode(cast(dict[bytes, bytes], pipe.hgetall(_job_key(job_id))))
+                    if not record:
+                        raise _not_found(job_id)
+                    pipe.multi()
+                    change(record, pipe)
+                    pipe.execute()
+                except WatchError:
+                    continue
+                return
+
+    def _set(self, record: Record, pipe: Pipeline, **fields: str) -> None:
+        record.update(fields)
+        pipe.hset(_job_key(record["id"]), mapping=cast(Any, fields))
+
+    def _deliver(self, record: Record, pipe: Pipeline, *, at_front: bool = False) -> None:
+        self._set(record, pipe, deliveries=str(int(record["deliveries"]) + 1))
+        self.deliveries.enqueue_call(
+            "adapt", args=[record["id"]], job_id=_delivery_id(record), at_front=at_front, pipeline=pipe
+        )
+
+    def _withdraw(self, record: Record, pipe: Pipeline) -> None:
+        delivery = _delivery_id(record)
+        pipe.lrem(self.deliveries.key, 0, delivery)
+        pipe.lrem(self.deliveries.intermediate_queue_key, 0, delivery)
+        pipe.delete(f"rq:job:{delivery}")
+
+    def _fail(self, record: Record, pipe: Pipeline, error: C2IError) -> None:
+        described = JobError(code=error.code, message=error.message, param=error.param, retryable=error.retryable)
+        self._set(record, pipe, error=described.model_dump_json())
+        self._end(record, pipe, JobStatus.FAILED, error.message)
+
+    def _end(self, record: Record, pipe: Pipeline, status: JobStatus, message: str) -> None:
+        self._set(record, pipe, status=status.value, finished_at=_now())
+        self._add_event(record, pipe, "status", message)
+        pipe.srem("c2i:active", record["id"])
+        pipe.delete(_lease_key(record["id"], int(record["attempt"])))
+        pipe.expire(_job_key(record["id"]), self._ttl)
+        pipe.expire(_events_key(record["id"]), self._ttl)
+
+    def _add_event(self, record: Record, pipe: Pipeline, kind: str, message: str) -> None:
+        event = {
+            "created_at": _now(),
+            "kind": kind,
+            "message": message,
+            "status": record["status"],
+            "progress": json.loads(record["progress"]),
+        }
+        pipe.xadd(_events_key(record["id"]), {"event": json.dumps(event)}, maxlen=MAX_EVENTS)
+
+    def _read(self, job_id: str) -> Record:
+        return _decode(cast(dict[bytes, bytes], self.redis.hgetall(_job_key(job_id))))
+
+    def _record(self, job_id: str) -> Record:
+        record = self._read(job_id)
+        if not record:
+            raise _not_found(job_id)
+        return record
+
+
+def check_event_id(event_id: str) -> None:
+    """Refuse what is not an event's `id`."""
+    left, dash, right = event_id.partition("-")
+    if not (dash and all(part.isascii() and part.isdigit() and len(part) < 19 for part in (left, right))):
+        raise InvalidInput("not an event's `id`; take it from `GET /v1/jobs/{id}/events`", param="after")
+
+
+def _job_key(job_id: str) -> str:
+    return f"c2i:job:{job_id}"
+
+
+def _events_key(job_id: str) -> str:
+    return f"c2i:job:{job_id}:events"
+
+
+def _lease_key(job_id: str, attempt: int) -> str:
+    return f"c2i:job:{job_id}:lease:{attempt}"
+
+
+def _delivery_id(record: Record) -> str:
+    return f"{record['id']}-{record['deliveries']}"
+
+
+def _decode(fields: dict[bytes, bytes]) -> Record:
+    return {name.decode(): value.decode() for name, value in fields.items()}
+
+
+def _job(record: Record, queue_position: int | None = None) -> Job:
+    progress = json.loads(record["progress"]) | {"queue_position": queue_position}
+    return Job.model_validate(
+        {
+            "id": record["id"],
+            "status": record["status"],
+            "model": record["model"],
+            "strategy": record["strategy"],
+            "created_at": record["created_at"],
+            "started_at": record.get("started_at"),
+            "finished_at": record.get("finished_at"),
+            "attempt": int(record["attempt"]),
+            "progress": progress,
+            "result": json.loads(record.get("result", "null")),
+            "error": json.loads(record.get("error", "null")),
+            "metadata": json.loads(record["metadata"]),
+        }
+    )
+
+
+def _check_attempt(record: Record, attempt: int, expected: JobStatus) -> None:
+    if int(record["attempt"]) != attempt or record["status"] != expected:
+        raise Conflict(
+            f"attempt {attempt} is out of date: the job is {record['status']} in attempt {record['attempt']}"
+        )
+
+
+def _not_found(job_id: str) -> JobNotFound:
+    return JobNotFound(f"no job {job_id[:64]}; finished jobs are kept for a time and then forgotten")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
