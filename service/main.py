@@ -1,0 +1,73 @@
+"""Assembles the API."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
+from redis.exceptions import RedisError
+from starlette.exceptions import HTTPException
+
+from service.artifacts import ArtifactStore
+from service.errors import C2IError
+from service.jobs import JobSpec
+from service.queue import JobQueue, connect
+from service.reaper import Reaper
+from service.routes import files, health, jobs, models
+from service.routes.dependencies import Service, translate
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+def create_app(settings: Settings, redis_url: str) -> FastAPI:
+    """The API over one data folder and one Redis."""
+    service = Service(settings, JobQueue(connect(redis_url), settings.job_ttl), ArtifactStore(settings.artifacts))
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        reaper = Reaper(service.queue, service.store, settings.job_ttl)
+        reaper.start()
+        yield
+        reaper.stop()
+
+    app = FastAPI(
+        title="Compress-to-Impress",
+        version="0.1.0",
+        summary="Send a model's ID and a handful of examples; get back a model that does the task better.",
+        lifespan=lifespan,
+    )
+    app.state.service = service
+    for router in (jobs.router, files.router, models.router, health.router):
+        app.include_router(router)
+    for kind in (C2IError, RequestValidationError, HTTPException, RedisError, OSError, Exception):
+        app.add_exception_handler(kind, _respond)
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
+    return app
+
+
+def _respond(request: Request, error: Exception) -> JSONResponse:
+    ours = translate(error)
+    if isinstance(error, RedisError | OSError):  # what is nobody's error the server logs with its traceback
+        logger.error("%s %s: %s", request.method, request.url.path, error)
+    headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+    if ours.retryable:
+        headers["Retry-After"] = "2"
+    return JSONResponse(ours.body(), ours.status, headers)
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's schema and the body of `POST /v1/jobs`, which is parsed from bytes and so unknown to it."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+        body = JobSpec.model_json_schema(ref_template="#/components/schemas/{model}")
+        schema["components"]["schemas"].update(body.pop("$defs"))
+        schema["components"]["schemas"]["JobSpec"] = body
+        app.openapi_schema = schema
+    return app.openapi_schema

@@ -1,0 +1,105 @@
+"""What routes are given, the errors they document, and how errors become bodies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, cast
+
+from fastapi import Depends, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from redis.exceptions import RedisError
+from starlette.exceptions import HTTPException
+
+from service.artifacts import ArtifactStore, disk_is_full
+from service.errors import (
+    C2IError,
+    InternalError,
+    InvalidInput,
+    MethodNotAllowed,
+    NotFound,
+    PayloadTooLarge,
+    Unavailable,
+    UnsupportedMediaType,
+)
+from service.jobs import field_path
+from service.queue import JobQueue
+from service.settings import MAX_BODY_BYTES, Settings
+
+
+@dataclass(frozen=True)
+class Service:
+    """What every route works with."""
+
+    settings: Settings
+    queue: JobQueue
+    store: ArtifactStore
+
+
+def _service(request: Request) -> Service:
+    return cast(Service, request.app.state.service)
+
+
+TheService = Annotated[Service, Depends(_service)]
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong, for programs (`code`), for people (`message`), and where (`param`)."""
+
+    code: str
+    message: str
+    param: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every error."""
+
+    error: ErrorDetail
+
+
+def documented(*errors: type[C2IError]) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route that can end in these errors."""
+    by_status: dict[int | str, dict[str, Any]] = {}
+    everywhere: tuple[type[C2IError], ...] = (Unavailable, InternalError)
+    for error in errors + everywhere:
+        summary = f"`{error.code}`: {(error.__doc__ or '').splitlines()[0]}"
+        entry = by_status.setdefault(error.status, {"model": ErrorBody, "description": ""})
+        entry["description"] = f"{entry['description']}\n\n{summary}".strip()
+    return by_status
+
+
+def translate(error: Exception) -> C2IError:
+    """Any exception as one of ours. What nobody foresaw is an internal error that says nothing of itself."""
+    if isinstance(error, C2IError):
+        return error
+    if isinstance(error, RequestValidationError):
+        return _invalid_parameter(error)
+    if isinstance(error, HTTPException):
+        return _http_error(error)
+    if isinstance(error, RedisError):
+        return Unavailable("Redis does not answer; try again in a few seconds")
+    if disk_is_full(error):
+        return Unavailable("the server's disk is full")
+    return InternalError("an internal error; the server's log has the details")
+
+
+def _invalid_parameter(error: RequestValidationError) -> InvalidInput:
+    first = error.errors()[0]
+    # ("query", "wait") and ("path", "job_id"): clients know the name alone.
+    return InvalidInput(first["msg"], param=field_path(first["loc"][1:]) or None)
+
+
+def _http_error(error: HTTPException) -> C2IError:
+    match error.status_code:
+        case 404:
+            return NotFound("no such route; /docs lists them all")
+        case 405:
+            return MethodNotAllowed("this route has other methods; the `Allow` header lists them")
+        case 413:
+            return PayloadTooLarge(f"the body is over {MAX_BODY_BYTES:,} bytes")
+        case 415:
+            return UnsupportedMediaType("the body must be JSON with `Content-Type: application/json`")
+        case status if status < 500:
+            return InvalidInput(str(error.detail))
+        case _:
+            return InternalError("an internal error; the server's log has the details")

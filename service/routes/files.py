@@ -1,0 +1,123 @@
+"""What a job published: the report, single files, and archives."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Annotated, cast
+
+from fastapi import APIRouter, Header, Response
+from fastapi.responses import FileResponse, StreamingResponse
+from pydantic import BaseModel
+from zipstream import ZipStream
+
+from service.errors import Conflict, InvalidInput, JobNotFound, NotFound
+from service.jobs import ArtifactFile, Job, JobStatus, Report
+from service.routes.dependencies import Service, TheService, documented
+from service.routes.jobs import JobId
+
+router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["artifacts"])
+
+ERRORS = documented(InvalidInput, JobNotFound, NotFound, Conflict)
+MEDIA_TYPES = {
+    ".json": "application/json",
+    ".jinja": "text/plain; charset=utf-8",
+    ".md": "text/markdown; charset=utf-8",
+    ".txt": "text/plain; charset=utf-8",
+}
+
+IfNoneMatch = Annotated[str | None, Header()]
+
+
+class FileOut(ArtifactFile):
+    """A published file and where to get it."""
+
+    url: str
+
+
+class FileList(BaseModel):
+    """The manifest."""
+
+    data: list[FileOut]
+
+
+@router.get("/report", response_model=Report, responses=ERRORS)
+@router.head("/report", include_in_schema=False)
+def get_report(service: TheService, job_id: JobId, if_none_match: IfNoneMatch = None) -> Response:
+    """`report.json`: what was gained on unseen examples, what was removed, tried and measured."""
+    return get_file(service, job_id, "report.json", if_none_match)
+
+
+@router.get("/files", responses=ERRORS)
+def list_files(service: TheService, job_id: JobId) -> FileList:
+    """Every published file with its size and sha256."""
+    files = service.store.files(job_id, _finished(service, job_id).attempt)
+    return FileList(data=[FileOut(**file.model_dump(), url=f"/v1/jobs/{job_id}/files/{file.path}") for file in files])
+
+
+@router.get("/files/{path:path}", response_class=FileResponse, responses=ERRORS)
+@router.head("/files/{path:path}", include_in_schema=False)
+def get_file(service: TheService, job_id: JobId, path: str, if_none_match: IfNoneMatch = None) -> Response:
+    """One file. `ETag` is its sha256; ranges, `If-Range` and `If-None-Match` are honoured."""
+    file = service.store.find(job_id, _finished(service, job_id).attempt, path)
+    headers = {"ETag": f'"{file.sha256}"', "Cache-Control": "private, no-cache"}
+    if _matches(if_none_match, file.sha256):
+        return Response(status_code=304, headers=headers)
+    name = file.path.rpartition("/")[2]
+    suffix = name[name.rfind(".") :] if "." in name else ""
+    return FileResponse(
+        service.store.open_path(file),
+        filename=name,
+        media_type=MEDIA_TYPES.get(suffix, "application/octet-stream"),
+        headers=headers | {"X-Content-Type-Options": "nosniff"},
+    )
+
+
+@router.get("/adapter.zip", response_class=StreamingResponse, responses=ERRORS)
+@router.head("/adapter.zip", include_in_schema=False)
+def get_adapter(service: TheService, job_id: JobId, if_none_match: IfNoneMatch = None) -> Response:
+    """The adapter's folder, as PEFT and LoRA servers load it, with the report."""
+    return _archive(service, job_id, "adapter", if_none_match)
+
+
+@router.get("/model.zip", response_class=StreamingResponse, responses=ERRORS)
+@router.head("/model.zip", include_in_schema=False)
+def get_model(service: TheService, job_id: JobId, if_none_match: IfNoneMatch = None) -> Response:
+    """The whole adapted checkpoint, as `from_pretrained` loads it, with the report."""
+    return _archive(service, job_id, "model", if_none_match)
+
+
+def _finished(service: Service, job_id: str) -> Job:
+    job = service.queue.get(job_id)
+    if job.status is not JobStatus.SUCCEEDED:
+        raise Conflict(f"the job is {job.status.value}; only one that succeeded has artifacts")
+    return job
+
+
+def _archive(service: Service, job_id: str, folder: str, if_none_match: str | None) -> Response:
+    """A zip made while it is sent: nothing is written to disk and its exact length is known before the first byte.
+
+    Its members are stored and not deflated: weights do not shrink, and stored members have a known length.
+    """
+    files = [
+        file
+        for file in service.store.files(job_id, _finished(service, job_id).attempt)
+        if file.path.startswith(f"{folder}/") or file.path == "report.json"
+    ]
+    if not any(file.path.startswith(f"{folder}/") for file in files):
+        raise NotFound(f"the job published no {folder}")
+    digest = hashlib.sha256("\n".join(f"{file.sha256} {file.path}" for file in files).encode()).hexdigest()
+    name = f"{job_id}-{folder}"
+    headers = {"ETag": f'"{digest}"', "Cache-Control": "private, no-cache"}
+    if _matches(if_none_match, digest):
+        return Response(status_code=304, headers=headers)
+    archive = ZipStream(sized=True)
+    for file in files:
+        archive.add_path(str(service.store.open_path(file)), arcname=f"{name}/{file.path}")
+    headers |= {"Content-Length": str(len(archive)), "Content-Disposition": f'attachment; filename="{name}.zip"'}
+    return StreamingResponse(cast(Iterator[bytes], iter(archive)), media_type="application/zip", headers=headers)
+
+
+def _matches(if_none_match: str | None, etag: str) -> bool:
+    tags = (tag.strip().removeprefix("W/").strip('"') for tag in (if_none_match or "").split(","))
+    return any(tag in ("*", etag) for tag in tags)

@@ -1,0 +1,156 @@
+"""Jobs: create, look at, stop, forget."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Query, Request, Response
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+
+from service import lengths, models
+from service.errors import (
+    Conflict,
+    InvalidInput,
+    JobNotFound,
+    ModelNotFound,
+    PayloadTooLarge,
+    UnsupportedMediaType,
+    UnusableModel,
+)
+from service.jobs import Job, JobEvent, JobSpec
+from service.queue import check_event_id, new_job_id
+from service.routes.dependencies import Service, TheService, documented
+from service.settings import MAX_BODY_BYTES
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+# How often a long poll looks. A look is one read of one field.
+POLL_SECONDS = 0.2
+LONGEST_WAIT_SECONDS = 60.0
+DRAIN_BYTES = 4 * MAX_BODY_BYTES
+
+JobId = Annotated[str, Path(pattern=r"^job_[0-9a-z]{20}$", description="As `POST /v1/jobs` returned it.")]
+
+
+class JobList(BaseModel):
+    """One page, newest first. `next` is the `after` of the next one, null on the last."""
+
+    data: list[Job]
+    next: str | None
+
+
+class EventList(BaseModel):
+    """A job's events, oldest first."""
+
+    data: list[JobEvent]
+
+
+def body_schema() -> dict[str, Any]:
+    """How the body that `create_job` parses itself is documented."""
+    return {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}}},
+    }
+
+
+@router.post(
+    "",
+    status_code=202,
+    responses=documented(InvalidInput, UnusableModel, ModelNotFound, PayloadTooLarge, UnsupportedMediaType),
+    openapi_extra={"requestBody": body_schema()},
+)
+async def create_job(request: Request, response: Response, service: TheService) -> Job:
+    """Queue an adaptation. Everything that can be known without the model's weights is checked first."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise UnsupportedMediaType("the body must be JSON with `Content-Type: application/json`")
+    job = await run_in_threadpool(_create, service, await _read_body(request))
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    return job
+
+
+async def _read_body(request: Request) -> bytes:
+    """The body, declared or chunked. (FastAPI's `max_body_size` answers in plain text; errors here have one shape.)
+
+    What is too long is still read up to `DRAIN_BYTES`: a client that is cut off while it sends does not see why.
+    """
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > DRAIN_BYTES:
+        raise _too_large()
+    body = bytearray()
+    received = 0
+    async for chunk in request.stream():
+        received += len(chunk)
+        if received > DRAIN_BYTES:
+            break
+        if received <= MAX_BODY_BYTES:
+            body += chunk
+    if received > MAX_BODY_BYTES:
+        raise _too_large()
+    return bytes(body)
+
+
+def _too_large() -> PayloadTooLarge:
+    return PayloadTooLarge(f"the body is over {MAX_BODY_BYTES:,} bytes; send fewer or shorter examples")
+
+
+def _create(service: Service, body: bytes) -> Job:
+    spec = JobSpec.parse_json(body)
+    lengths.check_lengths(models.resolve(service.settings.models, spec.model), spec)
+    job_id = new_job_id()
+    service.store.put_input(job_id, spec)
+    return service.queue.create(job_id, spec)
+
+
+@router.get("", responses=documented(InvalidInput))
+def list_jobs(
+    service: TheService,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    after: Annotated[str | None, Query(pattern=r"^job_[0-9a-z]{20}$", description="`next` of a page.")] = None,
+) -> JobList:
+    """All jobs, newest first."""
+    found = service.queue.list_jobs(limit + 1, after)
+    page = found[:limit]
+    return JobList(data=page, next=page[-1].id if len(found) > limit else None)
+
+
+@router.get("/{job_id}", responses=documented(InvalidInput, JobNotFound))
+async def get_job(
+    service: TheService,
+    job_id: JobId,
+    wait: Annotated[
+        float, Query(ge=0, le=LONGEST_WAIT_SECONDS, allow_inf_nan=False, description="Seconds to wait for its end.")
+    ] = 0,
+) -> Job:
+    """One job; with `wait`, as soon as it has ended or after so many seconds."""
+    deadline = time.monotonic() + wait
+    while time.monotonic() < deadline and not (await run_in_threadpool(service.queue.status, job_id)).terminal:
+        await asyncio.sleep(min(POLL_SECONDS, max(0.0, deadline - time.monotonic())))
+    return await run_in_threadpool(service.queue.get, job_id)
+
+
+@router.post("/{job_id}/cancel", responses=documented(InvalidInput, JobNotFound, Conflict))
+def cancel_job(service: TheService, job_id: JobId) -> Job:
+    """Stop a job within seconds, whatever it is doing. Nothing of it is published."""
+    return service.queue.cancel(job_id)
+
+
+@router.delete("/{job_id}", status_code=204, responses=documented(InvalidInput, JobNotFound, Conflict))
+def delete_job(service: TheService, job_id: JobId) -> None:
+    """Forget a job that has ended, with its examples and artifacts."""
+    service.queue.delete(job_id)
+    service.store.delete(job_id)
+
+
+@router.get("/{job_id}/events", responses=documented(InvalidInput, JobNotFound))
+def list_events(
+    service: TheService,
+    job_id: JobId,
+    after: Annotated[str | None, Query(description="`id` of the last event that you have.")] = None,
+) -> EventList:
+    """What happened to the job so far."""
+    if after is not None:
+        check_event_id(after)
+    return EventList(data=service.queue.events(job_id, after))
