@@ -469,3 +469,16 @@ class Report(JobResult):
     verification: Verification
     cost: Cost
     versions: dict[str, str]
+
+    def brief(self) -> JobResult:
+        """What the job's record holds of it."""
+        return JobResult(
+            improved=self.improved,
+            verdict=self.verdict,
+            base=Scores(accuracy=self.base.accuracy, exact_match=self.base.exact_match, loss=self.base.loss),
+            adapted=Scores(
+                accuracy=self.adapted.accuracy, exact_match=self.adapted.exact_match, loss=self.adapted.loss
+            ),
+            difference=self.difference,
+            removed=self.removed,
+        )

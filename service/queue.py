@@ -205,6 +205,7 @@ class JobQueue:
             nonlocal attempt
             if record["status"] != JobStatus.QUEUED:
                 raise Conflict(f"the job is {record['status']}, not queued")
+            self._withdraw(record, pipe)
             attempt = int(record["attempt"]) + 1
             progress = Progress().model_dump_json()
             status = JobStatus.RUNNING.value
@@ -214,6 +215,11 @@ class JobQueue:
 
         self._change(job_id, change)
         return attempt
+
+    def drop(self, delivery: str) -> None:
+        """Throw away a delivery of a job that is not to be started."""
+        self.redis.lrem(self.deliveries.intermediate_queue_key, 0, delivery)
+        self.redis.delete(f"rq:job:{delivery}")
 
     def keep(self, job_id: str, attempt: int) -> JobStatus | None:
         """Renew the lease of an attempt; the job's status, None where the attempt is not the current one."""

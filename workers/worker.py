@@ -1,0 +1,268 @@
+"""Takes jobs from the queue and runs each in a child process: liveness, cancelling, crashes. No mathematics.
+
+rq dequeues and forks. What a job is and what became of it stands in our own records (`service.queue`), so rq's
+registries, results and commands are not used, nor its thread: the parent imports torch and transformers, that a
+child starts at once, but runs no tensor operation and no thread, that a fork is safe.
+
+A child dies with its parent (the kernel sees to it), the parent kills the child's process group when the job is
+cancelled, and the parent's lease on the job lapses when the parent is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import select
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+import rq
+from redis.exceptions import RedisError
+from rq.exceptions import StopRequested
+from rq.worker import WorkerStatus
+
+from service import models
+from service.artifacts import ArtifactStore, disk_is_full
+from service.errors import C2IError, Conflict, InternalError, JobNotFound, OutOfMemory, Unavailable
+from service.jobs import JobSpec, JobStatus, Progress, Report, Stage
+from service.queue import JobQueue, connect
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+PR_SET_PDEATHSIG = 1
+# How often the parent looks whether its job was cancelled, and renews the lease.
+LOOK_SECONDS = 0.25
+# Progress within a stage is written no more often.
+PROGRESS_SECONDS = 0.5
+# How long a result waits for a Redis that restarts.
+PATIENCE_SECONDS = 60.0
+
+
+class OnProgress(Protocol):
+    """Called by an adaptation as it goes."""
+
+    def __call__(self, stage: Stage, percent: float, eta_seconds: float | None, message: str) -> None: ...
+
+
+class Adapt(Protocol):
+    """`workers.adaptation.adapt`: writes everything that is to be published into `out`."""
+
+    def __call__(self, spec: JobSpec, model: Path, out: Path, *, cache: Path, on_progress: OnProgress) -> Report: ...
+
+
+def work(settings: Settings, redis_url: str, adapt: Adapt) -> None:
+    """Take jobs until a signal says to stop."""
+    queue = JobQueue(connect(redis_url), settings.job_ttl)
+    queue.check()
+    Worker(queue, ArtifactStore(settings.artifacts), settings, adapt).work(logging_level="WARNING")
+
+
+class Worker(rq.Worker):
+    """One job at a time, each in a process of its own."""
+
+    # After a restart of Redis a worker is back in no more than this.
+    max_connection_wait_time = 2.0
+
+    def __init__(self, queue: JobQueue, store: ArtifactStore, settings: Settings, adapt: Adapt) -> None:
+        deliveries = queue.deliveries
+        super().__init__([deliveries], connection=queue.redis, serializer=deliveries.serializer, worker_ttl=20)
+        self._queue = queue
+        self._store = store
+        self._settings = settings
+        self._adapt = adapt
+
+    def execute_job(self, job: rq.job.Job, queue: rq.Queue) -> None:
+        """Run one delivery to its end; Redis may go away meanwhile."""
+        job_id = job.args[0]
+        try:
+            attempt = self._queue.start(job_id)
+        except (Conflict, JobNotFound) as error:
+            logger.info("not starting %s: %s", job_id, error)
+            self._queue.drop(job.id)
+            return
+        logger.info("starting %s, attempt %d", job_id, attempt)
+        job.args = (job_id, attempt)
+        self.set_state(WorkerStatus.BUSY)
+        self.fork_work_horse(job, queue)
+        # The child does the same: whoever comes first, no kill of the group can reach the parent.
+        with contextlib.suppress(OSError):
+            os.setpgid(self.horse_pid, self.horse_pid)
+        try:
+            code = self._watch(job_id, attempt)
+            self._store.clear_workspace(job_id, attempt)
+            self._settle(job_id, attempt, code)
+        except RedisError as error:
+            logger.warning("cannot record the end of %s: %s; its lease lapses and it runs again", job_id, error)
+        finally:
+            self._horse_pid = 0
+
+    def _watch(self, job_id: str, attempt: int) -> int:
+        """Keep the lease until the child has ended, and end it where the job is to stop; its exit code."""
+        child = os.pidfd_open(self.horse_pid)
+        poll = select.poll()
+        poll.register(child, select.POLLIN)
+        try:
+            while not poll.poll(LOOK_SECONDS * 1000):
+                if self._is_to_stop(job_id, attempt):
+                    self.kill_horse()
+        finally:
+            os.close(child)
+        _, status = os.waitpid(self.horse_pid, 0)
+        # Whatever the child had started.
+        self.kill_horse()
+        return os.waitstatus_to_exitcode(status)
+
+    def _is_to_stop(self, job_id: str, attempt: int) -> bool:
+        try:
+            self.heartbeat()
+            return self._queue.keep(job_id, attempt) in (None, JobStatus.CANCELLING) or self._stop_requested
+        except RedisError as error:
+            logger.warning("Redis does not answer while %s runs: %s", job_id, error)
+            return self._stop_requested
+
+    def _settle(self, job_id: str, attempt: int, code: int) -> None:
+        """Record what the child could not record itself."""
+        status = self._queue.keep(job_id, attempt)
+        with contextlib.suppress(Conflict, JobNotFound):
+            if status is JobStatus.CANCELLING:
+                self._queue.cancelled(job_id, attempt)
+            elif status is JobStatus.RUNNING and self._stop_requested:
+                self._queue.give_back(job_id, attempt, "its worker was stopped", crashed=False)
+            elif status is JobStatus.RUNNING:
+                self._queue.give_back(job_id, attempt, describe_exit(code), crashed=True)
+        logger.info("%s, attempt %d, ended: %s", job_id, attempt, describe_exit(code))
+
+    def kill_horse(self, sig: signal.Signals = signal.SIGKILL) -> None:
+        """Kill the child's process group, of which the parent is no member."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.horse_pid, sig)
+
+    def request_stop(self, signum: int, frame: FrameType | None) -> None:
+        """On SIGTERM: an idle worker ends at once, a busy one hands its job back first."""
+        self._stop_requested = True
+        if not self.horse_pid:
+            raise StopRequested
+
+    def main_work_horse(self, job: rq.job.Job, queue: rq.Queue) -> None:
+        """The child, from its first line to its last."""
+        die_with_parent(self.pid or 0)
+        # Where memory runs out, this process is the one to go: not the API, not Redis.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("800")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        code = 1
+        try:
+            job_id, attempt = job.args
+            self.run_attempt(job_id, attempt)
+            code = 0
+        except BaseException:
+            logger.exception("the process of %s ends without a result", job.id)
+        finally:
+            os._exit(code)
+
+    def run_attempt(self, job_id: str, attempt: int) -> None:
+        """Adapt, publish, record: in the child."""
+        queue, store, settings = self._queue, self._store, self._settings
+        try:
+            spec = store.get_input(job_id)
+            model = models.resolve(settings.models, spec.model)
+            with store.workspace(job_id, attempt) as out:
+                progress = _progress_writer(queue, job_id, attempt)
+                report = self._adapt(spec, model.folder, out, cache=settings.cache, on_progress=progress)
+                store.publish(job_id, attempt, out)
+            _insist(lambda: queue.succeed(job_id, attempt, report.brief()))
+        except (Conflict, JobNotFound) as error:
+            logger.info("%s, attempt %d, publishes nothing: %s", job_id, attempt, error)
+            store.withdraw(job_id, attempt)
+        except RedisError:
+            raise
+        except Exception as error:
+            ours = explain(error)
+            if ours is not error:
+                logger.exception("%s, attempt %d, failed", job_id, attempt)
+            with contextlib.suppress(Conflict, JobNotFound):
+                _insist(lambda: queue.fail(job_id, attempt, ours))
+
+    def subscribe(self) -> None:
+        """No thread in the parent: cancelling goes by the job's record."""
+
+    def unsubscribe(self) -> None:
+        """Nothing to end."""
+
+
+def _progress_writer(queue: JobQueue, job_id: str, attempt: int) -> OnProgress:
+    stage_before: Stage | None = None
+    percent_before = 0.0
+    written = 0.0
+
+    def write(stage: Stage, percent: float, eta_seconds: float | None, message: str) -> None:
+        nonlocal stage_before, percent_before, written
+        percent_before = max(percent_before, min(percent, 100.0))
+        if stage is stage_before and time.monotonic() - written < PROGRESS_SECONDS:
+            return
+        progress = Progress(stage=stage, percent=percent_before, eta_seconds=eta_seconds)
+        stage_before, written = stage, time.monotonic()
+        try:
+            queue.progress(job_id, attempt, progress, message)
+        except RedisError as error:
+            logger.warning("the progress of %s is not written: %s", job_id, error)
+
+    return write
+
+
+def _insist(write: Callable[[], None]) -> None:
+    """Write a result even if Redis is away for a minute: hours of work hang on it."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            write()
+        except RedisError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+        else:
+            return
+
+
+def explain(error: Exception) -> C2IError:
+    """An exception of the adaptation, in words for its user. They hold no path and nothing of the examples."""
+    if isinstance(error, C2IError):
+        return error
+    if is_out_of_memory(error):
+        return OutOfMemory(
+            "the job needed more memory than its worker has: send fewer or shorter examples, or take a smaller model"
+        )
+    if disk_is_full(error):
+        return Unavailable("the server's disk is full")
+    return InternalError("an internal error in the worker; its log has the details under the job's ID")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's, CUDA's, and what torch raises where the processor's memory ends. Told by name: no import of torch."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
+def describe_exit(code: int) -> str:
+    """A child's exit code in words."""
+    if code >= 0:
+        return f"its process ended with code {code}"
+    return f"its process was killed by {signal.Signals(-code).name}"
+
+
+def die_with_parent(parent: int) -> None:
+    """Be killed when the parent ends; exit where it has ended already. The same is in `service.processes`."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
