@@ -63,15 +63,23 @@ class Child:
         """Start the process, and again whenever it ends."""
         self._thread.start()
 
+    def request_stop(self) -> None:
+        """Ask it to end, without waiting."""
+        self._stopping.set()
+        self._signal(signal.SIGTERM)
+
     def stop(self, timeout: float) -> None:
         """Ask it to end, kill it after `timeout` seconds; it is gone on return."""
-        self._stopping.set()
+        self.request_stop()
         deadline = time.monotonic() + timeout
         while self._thread.is_alive():
-            process = self._process
-            if process and process.poll() is None:
-                process.send_signal(signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL)
-            self._thread.join(0.5)
+            self._thread.join(0.25)
+            self._signal(signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        process = self._process
+        if process and process.poll() is None:
+            process.send_signal(number)
 
     def _run(self) -> None:
         pause = RESTART_SECONDS

@@ -1,0 +1,65 @@
+"""JSON Lines files of examples, with errors that name the file and the line."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from service.errors import InvalidInput
+
+PARAM = re.compile(r"(examples|validation|test)\[(\d+)\]\.?(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """The objects of a file and the line, from 1, that each stands on."""
+
+    path: Path
+    objects: list[object]
+    lines: list[int]
+
+
+def read(path: Path) -> JsonLines:
+    """Read a file; empty lines are skipped.
+
+    Raises:
+        InvalidInput: it cannot be read, or a line is not JSON.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InvalidInput(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InvalidInput(f"{path}: not UTF-8 text") from None
+    found = JsonLines(path, [], [])
+    # Not splitlines: it would also split at U+2028 inside a string.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line, parse_constant=_refuse)
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+            found.objects.append(value)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else "cannot be decoded"
+            raise InvalidInput(
+                f'{path}:{number}: not JSON ({reason}); a line is {{"prompt": "...", "completion": "..."}}'
+            ) from None
+        found.lines.append(number)
+    return found
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def locate(error: InvalidInput, files: dict[str, JsonLines]) -> InvalidInput:
+    """The same error with `examples[3].completion` told as a line of the file that the examples came from."""
+    match = PARAM.fullmatch(error.param or "")
+    file = files.get(match[1]) if match else None
+    if match is None or file is None or int(match[2]) >= len(file.lines):
+        return error
+    place = f"{file.path}:{file.lines[int(match[2])]}"
+    return type(error)(f"{place}: {match[3]}: {error.message}" if match[3] else f"{place}: {error.message}")

@@ -1,0 +1,112 @@
+"""`c2i serve`: the API, the embedded Redis and the workers as one thing that starts and stops in order."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from types import FrameType
+
+import uvicorn
+
+from service.embedded import EmbeddedRedis
+from service.errors import Conflict, Unavailable
+from service.main import create_app
+from service.processes import Child
+from service.settings import Settings
+
+# A worker kills its job's process and hands the job back: no more than a few round trips.
+WORKER_STOP_SECONDS = 10.0
+# Open downloads and long polls are cut off after this.
+CONNECTION_STOP_SECONDS = 2
+
+
+def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT; `on_ready` is told the URL once requests are answered.
+
+    Raises:
+        Conflict: the port or the data folder is in use.
+        Unavailable: no Redis, or no worker could run.
+    """
+    if settings.workers and importlib.util.find_spec("torch") is None:
+        raise Unavailable(
+            'the workers\' packages are not installed: `pip install "compress-to-impress[worker]"`, or serve the API '
+            "alone with --workers 0"
+        )
+    with _orderly_exit(), ExitStack() as stack:
+        listener = stack.enter_context(_listen(settings.host, settings.port))
+        settings.data.mkdir(parents=True, exist_ok=True)
+        redis_url = settings.redis_url
+        if redis_url is None:
+            redis = EmbeddedRedis(settings.data)
+            stack.callback(redis.stop)
+            redis.start()
+            redis_url = redis.url
+        app = create_app(settings, redis_url)
+        app.state.service.queue.check()
+        workers = [_worker(number, settings, redis_url) for number in range(1, settings.workers + 1)]
+        # All are told to stop before any is waited for, and all are gone before Redis stops.
+        for worker in workers:
+            stack.callback(worker.stop, WORKER_STOP_SECONDS)
+        for worker in workers:
+            stack.callback(worker.request_stop)
+            worker.start()
+        host, port = listener.getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=CONNECTION_STOP_SECONDS
+        )
+        _Server(config, lambda: on_ready(url)).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        raise Conflict(
+            f"cannot listen on {host}:{port}: {error.strerror}. Choose another port with --port; 0 takes a free one."
+        ) from None
+    return listener
+
+
+def _worker(number: int, settings: Settings, redis_url: str) -> Child:
+    return Child(
+        f"worker {number}",
+        [sys.executable, "-m", "service.cli", "worker", "--data", str(settings.data)],
+        # Not in the arguments, which everybody on the machine can read: the URL may hold a password.
+        env={**os.environ, "REDIS_URL": redis_url},
+    )
+
+
+@contextmanager
+def _orderly_exit() -> Iterator[None]:
+    """SIGTERM and SIGINT unwind what was started, once; while it unwinds, more of them change nothing."""
+    signals = (signal.SIGTERM, signal.SIGINT)
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        for number in signals:
+            signal.signal(number, signal.SIG_IGN)
+        raise SystemExit(0)
+
+    for number in signals:
+        signal.signal(number, leave)
+    with suppress(SystemExit):
+        yield
