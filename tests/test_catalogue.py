@@ -53,9 +53,7 @@ class Hub(BaseHTTPRequestHandler):
         if found[2] is not None:
             assert found[3] == COMMIT, "files are asked for by commit, never by branch"
         if found[2] == "tree":
-            tree = [
-                {"type": "file", "path": name, "size": len(body), "oid": name} for name, body in files.items()
-            ]
+            tree = [{"type": "file", "path": name, "size": len(body), "oid": name} for name, body in files.items()]
             return self.answer(200, json.dumps(tree).encode())
         if found[2] == "resolve":
             if found[1] == "owner/gated":
@@ -89,9 +87,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     thread.start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    )
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
     Hub.requested.clear()
     yield Hub
     server.shutdown()
@@ -99,9 +95,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     server.server_close()
 
 
-def test_a_hub_model_is_pinned_to_its_commit_and_holds_nothing_that_runs(
-    hub: type[Hub], tmp_path: Path
-) -> None:
+def test_a_hub_model_is_pinned_to_its_commit_and_holds_nothing_that_runs(hub: type[Hub], tmp_path: Path) -> None:
     lines: list[str] = []
     folder = add_model("owner/safe", tmp_path, lines.append)
     assert folder == tmp_path / "models/owner/safe"
@@ -144,9 +138,7 @@ def test_a_model_that_cannot_be_had_is_refused_in_words_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_hub_that_does_not_answer_is_an_error_worth_retrying(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_hub_that_does_not_answer_is_an_error_worth_retrying(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(Unavailable, match="does not answer") as caught:
         add_model("owner/safe", tmp_path)

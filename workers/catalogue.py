@@ -63,9 +63,7 @@ def add_model(model: str, data: Path, say: Say = print) -> Path:
         say(f"{model} is already there: {target}")
         return target
     if model != SMOLLM2 and "/" not in model:
-        raise InvalidInput(
-            f"`{model}` is neither {SMOLLM2} nor an `owner/name` of the Hugging Face Hub", param="model"
-        )
+        raise InvalidInput(f"`{model}` is neither {SMOLLM2} nor an `owner/name` of the Hugging Face Hub", param="model")
     with _temporary_folder(data) as folder:
         built = folder / "model"
         if model == SMOLLM2:
@@ -136,14 +134,10 @@ def _convert_gguf(gguf: Path, built: Path) -> None:
     # Progress bars by the hundred steps go to stderr; an error is raised and not only printed.
     with contextlib.redirect_stderr(io.StringIO()):
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-            )
+            model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         except ImportError as error:
-            raise InternalError(
-                f"{error}; the conversion needs `pip install 'compress-to-impress[demo]'`"
-            ) from None
+            raise InternalError(f"{error}; the conversion needs `pip install 'compress-to-impress[demo]'`") from None
         # Plain float32 now; with these two left, `save_pretrained` takes the weights for quantized ones.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
@@ -172,9 +166,7 @@ def _download_from_hub(model: str, built: Path, say: Say) -> None:
         info = api.model_info(model)
         names = {sibling.rfilename for sibling in info.siblings or []}
         if not any(Path(name).match("model*.safetensors") for name in names):
-            raise UnusableModel(
-                f"{model} has no safetensors weights; other formats are not loaded", param="model"
-            )
+            raise UnusableModel(f"{model} has no safetensors weights; other formats are not loaded", param="model")
         say(f"Downloading {model} at {info.sha} ...")
         api.snapshot_download(
             model, revision=info.sha, local_dir=built, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED
@@ -198,6 +190,4 @@ def _hub_errors_explained(model: str) -> Iterator[None]:
             f"the Hub has no model `{model}` that is public or open to your HF_TOKEN", param="model"
         ) from None
     except (HTTPError, LocalEntryNotFoundError, ConnectionError) as error:
-        raise Unavailable(
-            f"the Hub does not answer ({type(error).__name__}); {model} was not downloaded"
-        ) from error
+        raise Unavailable(f"the Hub does not answer ({type(error).__name__}); {model} was not downloaded") from error

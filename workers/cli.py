@@ -20,9 +20,21 @@ def worker(
     settings = Settings.load(data=data)
     if settings.redis_url is None:
         raise Unavailable(
-            "set REDIS_URL to the Redis that the service uses; `c2i serve` with its embedded Redis starts workers itself"
+            "set REDIS_URL to the Redis that the service uses; `c2i serve` with its embedded Redis starts its own"
         )
     from workers.adaptation import adapt  # noqa: PLC0415 - imports torch
     from workers.worker import work  # noqa: PLC0415
 
     work(settings, settings.redis_url, adapt)
+
+
+def models_add(
+    model: Annotated[
+        str, typer.Argument(metavar="ID", help="smollm2-135m-instruct, or owner/name of the Hugging Face Hub.")
+    ],
+    data: Annotated[Path | None, typer.Option(help="Data folder, the same as the service's.")] = None,
+) -> None:
+    """Put a model into the data folder; one that is there already is left alone."""
+    from workers.catalogue import add_model  # noqa: PLC0415 - imports the Hub's client
+
+    add_model(model, Settings.load(data=data).data)
