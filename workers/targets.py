@@ -1,0 +1,86 @@
+"""Which weights of a model are targets: every `nn.Linear` and GPT-2 `Conv1D` inside its decoder blocks.
+
+Embeddings and the LM head are never targets. What lies inside the blocks and cannot be handled (fused expert
+tensors, a weight that two modules share) is named, not silently passed over.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from service.errors import UnusableModel
+from service.jobs import SkippedModule
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One weight matrix that components can be removed from."""
+
+    name: str
+    """The module's name in the model, `model.layers.3.mlp.up_proj`."""
+    module: nn.Module
+    transposed: bool
+    """Whether the module stores (in, out), as `Conv1D` does."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as (out, in): the parameter itself or a transposed view of it, never a copy."""
+        weight = self.module.get_parameter("weight").detach()
+        return weight.T if self.transposed else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias (out,), if there is one."""
+        bias = self.module.bias
+        return bias.detach() if isinstance(bias, Tensor) else None
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The module list that holds most of the weights: the decoder blocks, whatever the architecture calls them.
+
+    Raises:
+        UnusableModel: if the model has no module list at all.
+    """
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        raise UnusableModel("the model has no list of blocks; a decoder-only transformer is needed", param="model")
+    return max(lists, key=lambda named: sum(p.numel() for p in named[1].parameters()))
+
+
+def find_targets(model: nn.Module) -> tuple[list[Target], list[SkippedModule]]:
+    """All targets in the model's order, and what had to be skipped.
+
+    Raises:
+        UnusableModel: if there is not a single target.
+    """
+    prefix, blocks = decoder_blocks(model)
+    uses = Counter(id(p) for _, m in model.named_modules() for p in m.parameters(recurse=False))
+    targets: list[Target] = []
+    skipped: list[SkippedModule] = []
+    for name, module in blocks.named_modules(prefix=prefix):
+        matrices = {k: p for k, p in module.named_parameters(recurse=False) if p.ndim >= 2}
+        if not matrices:
+            continue
+        reason = None
+        if not isinstance(module, nn.Linear | Conv1D):
+            kinds = ", ".join(f"{k} {tuple(p.shape)}" for k, p in matrices.items())
+            reason = f"{type(module).__name__} is neither Linear nor Conv1D ({kinds})"
+        elif not module.weight.is_floating_point() or module.weight.ndim != 2:
+            reason = f"its weight is {module.weight.dtype} of shape {tuple(module.weight.shape)}"
+        elif uses[id(module.weight)] > 1:
+            reason = "it shares its weight with another module"
+        if reason is None:
+            targets.append(Target(name, module, isinstance(module, Conv1D)))
+        else:
+            skipped.append(SkippedModule(module=name, reason=reason))
+    if not targets:
+        raise UnusableModel("no Linear or Conv1D weight was found in the model's blocks", param="model")
+    for target in targets:
+        if not bool(torch.isfinite(target.weight).all()):
+            raise UnusableModel(f"{target.name} holds NaN or infinite weights", param="model")
+    return targets, skipped
