@@ -56,7 +56,11 @@ class ArtifactStore:
         """Store a job's spec, before the job is queued."""
         folder = self._jobs / job_id
         folder.mkdir(exist_ok=True)
-        _write(folder / "input.json", spec.model_dump_json().encode())
+        # No rename, which would cost a second sync: nobody looks for the file before the job's record is there.
+        with (folder / "input.json").open("wb") as file:
+            file.write(spec.model_dump_json().encode())
+            file.flush()
+            os.fsync(file.fileno())
 
     def get_input(self, job_id: str) -> JobSpec:
         """The spec that was stored.

@@ -36,6 +36,7 @@ def create_app(settings: Settings, redis_url: str) -> FastAPI:
         reaper.start()
         yield
         reaper.stop()
+        service.queue.redis.close()
 
     app = FastAPI(
         title="Compress-to-Impress",

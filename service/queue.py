@@ -16,6 +16,7 @@ A worker's writes carry the attempt they belong to and are refused once another 
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -36,6 +37,7 @@ from service.errors import C2IError, Conflict, InvalidInput, JobNotFound, Unavai
 from service.jobs import Job, JobError, JobEvent, JobResult, JobSpec, JobStatus, Progress
 
 QUEUE = "c2i"
+JOB_ID = re.compile(r"job_[0-9a-z]{20}")
 # A worker renews its lease every second; a machine that swaps may miss a few.
 LEASE_SECONDS = 12
 # A job whose process was killed is tried three times in all.
@@ -352,7 +354,7 @@ class JobQueue:
         with self.redis.pipeline() as pipe:
             while True:
                 try:
-                    pipe.watch(_job_key(job_id))  # type: ignore[no-untyped-call]
+                    pipe.watch(_job_key(job_id))
                     record = _decode(cast(dict[bytes, bytes], pipe.hgetall(_job_key(job_id))))
                     if not record:
                         raise _not_found(job_id)
@@ -410,6 +412,12 @@ class JobQueue:
         if not record:
             raise _not_found(job_id)
         return record
+
+
+def check_job_id(job_id: str) -> None:
+    """Raises JobNotFound for what is no job's ID, before it becomes part of a key."""
+    if not JOB_ID.fullmatch(job_id):
+        raise _not_found(job_id)
 
 
 def check_event_id(event_id: str) -> None:

@@ -1,13 +1,14 @@
-"""Fixtures: tiny models on disk, a real Redis, a live service."""
+"""Fixtures: tiny models on disk, a real Redis, a live API, real workers. Nothing outlives its test."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from service.embedded import EmbeddedRedis
+from tests import live, tiny
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +24,34 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         return built[key]
 
     return model
+
+
+@pytest.fixture
+def data(tmp_path: Path, tiny_models: Callable[..., Path]) -> Path:
+    """A data folder with the model `tiny-llama`."""
+    live.install(tiny_models("llama"), tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def redis(data: Path) -> Iterator[EmbeddedRedis]:
+    """A Redis of the test's own, on its own socket."""
+    server = live.redis(data)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def api(data: Path, redis: EmbeddedRedis) -> Iterator[live.Api]:
+    """The API over HTTP."""
+    running = live.Api(data, redis.url)
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def worker(data: Path, redis: EmbeddedRedis) -> Iterator[live.WorkerProcess]:
+    """A worker process whose adaptation does what a job's metadata says (`tests.stand_in`)."""
+    process = live.WorkerProcess(data, redis.url)
+    yield process
+    process.kill()

@@ -6,7 +6,7 @@ import asyncio
 import time
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
@@ -21,7 +21,7 @@ from service.errors import (
     UnusableModel,
 )
 from service.jobs import Job, JobEvent, JobSpec
-from service.queue import check_event_id, new_job_id
+from service.queue import check_event_id, check_job_id, new_job_id
 from service.routes.dependencies import Service, TheService, documented
 from service.settings import MAX_BODY_BYTES
 
@@ -32,7 +32,13 @@ POLL_SECONDS = 0.2
 LONGEST_WAIT_SECONDS = 60.0
 DRAIN_BYTES = 4 * MAX_BODY_BYTES
 
-JobId = Annotated[str, Path(pattern=r"^job_[0-9a-z]{20}$", description="As `POST /v1/jobs` returned it.")]
+
+def _job_id(job_id: Annotated[str, Path(description="As `POST /v1/jobs` returned it.")]) -> str:
+    check_job_id(job_id)
+    return job_id
+
+
+JobId = Annotated[str, Depends(_job_id)]
 
 
 class JobList(BaseModel):

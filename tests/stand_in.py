@@ -1,0 +1,123 @@
+"""A worker process whose adaptation does what the job's metadata says: block, crash, run out of memory, publish.
+
+Everything else of it is real. `python -m tests.stand_in DATA`, with REDIS_URL set.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from service.errors import UnusableModel
+from service.jobs import (
+    Cost,
+    Difference,
+    JobSpec,
+    Metrics,
+    ModelInfo,
+    Outlook,
+    Removed,
+    Report,
+    SplitSizes,
+    Stage,
+    Verification,
+)
+from service.settings import Settings
+from workers.worker import OnProgress, work
+
+
+def adapt(spec: JobSpec, model: Path, out: Path, *, cache: Path, on_progress: OnProgress) -> Report:
+    """Begin as a real adaptation does, then behave as told."""
+    on_progress(Stage.LOADING, 1.0, 60.0, "reading the model")
+    (out / "adapter").mkdir()
+    (out / "adapter" / "half-written.safetensors").write_bytes(b"half")
+    match spec.metadata.get("do", "publish"):
+        case "block":
+            subprocess.Popen(["sleep", "1000"])  # a process of the job's own, which must go with it
+            on_progress(Stage.SEARCHING, 50.0, 30.0, "blocked")
+            threading.Event().wait()
+        case "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "exit":
+            os._exit(7)
+        case "memory":
+            raise MemoryError
+        case "bug":
+            raise RuntimeError(f"secret {spec.examples[0].prompt} in {out}")
+        case "refuse":
+            raise UnusableModel("its blocks hold no matrices", param="model")
+        case "once":  # blocks in the first attempt
+            marker = cache / "began"
+            if not marker.exists():
+                cache.mkdir(exist_ok=True)
+                marker.touch()
+                on_progress(Stage.SEARCHING, 50.0, 30.0, "blocked")
+                threading.Event().wait()
+    (out / "adapter" / "half-written.safetensors").unlink()
+    (out / "adapter" / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 4096)
+    (out / "adapter" / "adapter_config.json").write_text("{}")
+    (out / "model").mkdir()
+    (out / "model" / "model.safetensors").write_bytes(b"weights" * 100_000)
+    report = make_report(spec)
+    (out / "report.json").write_text(report.model_dump_json())
+    on_progress(Stage.PUBLISHING, 99.0, 0.0, "publishing")
+    return report
+
+
+def make_report(spec: JobSpec) -> Report:
+    """A report that says little and is valid."""
+    metrics = Metrics(
+        accuracy=0.5, exact_match=0.5, loss=1.0, n=4, balanced_accuracy=0.5, majority_rate=0.5, confusion=None
+    )
+    difference = Difference(metric="accuracy", value=0.0, low=-0.1, high=0.1, p=1.0)
+    return Report(
+        improved=False,
+        verdict="no significant improvement",
+        base=metrics,
+        adapted=metrics,
+        difference=difference,
+        removed=Removed(components=0, modules=0),
+        model=ModelInfo(
+            id=spec.model,
+            revision="0",
+            architecture="Tiny",
+            dtype="float32",
+            parameters=1,
+            target_modules=1,
+            components=1,
+        ),
+        strategy=spec.strategy,
+        objective=spec.objective,
+        prompt_format=spec.prompt_format,
+        seed=spec.seed,
+        passes_requested=spec.passes,
+        splits=SplitSizes(gradient=4, selection=4, test=4),
+        after_first_pass=metrics,
+        differences=[difference],
+        first_pass_differences=[difference],
+        passes=[],
+        outlook=Outlook(still_falling=False, next_pass_seconds=0.0, message=""),
+        plan=[],
+        skipped_modules=[],
+        verification=Verification(adapter=0.0, model=0.0),
+        cost=Cost(
+            stages={},
+            fb_seconds=1.0,
+            adaptation_fb=1.0,
+            stages_fb={},
+            peak_memory_bytes=1,
+            adapter_bytes=1,
+            model_bytes=1,
+        ),
+        versions={},
+    )
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    work(Settings(data=Path(sys.argv[1])), os.environ["REDIS_URL"], adapt)
