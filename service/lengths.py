@@ -50,16 +50,25 @@ def check_lengths(model: Model, spec: JobSpec) -> None:
     if not long:
         return
     tokenizer = _tokenizer(*key)
-    special = spec.prompt_format is PromptFormat.TEXT
-    prompts = tokenizer.encode_batch_fast([example.prompt for _, example in long], add_special_tokens=special)
     # Each distinct answer once: closed tasks have the same few choices everywhere.
     answers = list(dict.fromkeys(answer for _, example in long for answer in _answers(example)))
-    encoded = tokenizer.encode_batch_fast(answers, add_special_tokens=False)
-    lengths = {answer: len(tokens) for answer, tokens in zip(answers, encoded, strict=True)}
-    for (at, example), prompt in zip(long, prompts, strict=True):
-        tokens = len(prompt) + max(lengths[answer] for answer in _answers(example))
-        if tokens > limit:
-            raise too_long(at, tokens, limit)
+    lengths = dict(zip(answers, _count(tokenizer, answers), strict=True))
+    # Prompt and answer together, as the worker does: a token may span their border.
+    whole = [example.prompt + max(_answers(example), key=lambda answer: lengths[answer]) for _, example in long]
+    special = _special_prefix(tokenizer) if spec.prompt_format is PromptFormat.TEXT else 0
+    for (at, _), tokens in zip(long, _count(tokenizer, whole), strict=True):
+        if special + tokens > limit:
+            raise too_long(at, special + tokens, limit)
+
+
+def _count(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
+    return [len(encoding) for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _special_prefix(tokenizer: Tokenizer) -> int:
+    """How many special tokens the tokenizer puts before a text."""
+    bare, full = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    return next((start for start in range(len(full)) if full[start : start + len(bare)] == bare), 0)
 
 
 def _all(spec: JobSpec) -> Iterator[tuple[str, Example]]:

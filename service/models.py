@@ -182,8 +182,7 @@ def context_length(config: dict[str, Any]) -> int | None:
 def too_long(at: str, tokens: int, limit: int) -> InvalidInput:
     """The error for the example at `at`, `examples[3]` say; the worker's is the same."""
     return InvalidInput(
-        f"{tokens:,} tokens with its completion; the model's context is {limit:,}. Shorten the prompt.",
-        param=f"{at}.prompt",
+        f"{tokens:,} tokens with its longest completion; the model's context is {limit:,}", param=f"{at}.prompt"
     )
 
 

@@ -402,7 +402,7 @@ class JobQueue:
             "status": record["status"],
             "progress": json.loads(record["progress"]),
         }
-        pipe.xadd(_events_key(record["id"]), {"event": json.dumps(event)}, maxlen=MAX_EVENTS)
+        pipe.xadd(_events_key(record["id"]), {"event": json.dumps(event)}, maxlen=MAX_EVENTS, approximate=False)
 
     def _read(self, job_id: str) -> Record:
         return _decode(cast(dict[bytes, bytes], self.redis.hgetall(_job_key(job_id))))

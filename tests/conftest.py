@@ -49,6 +49,18 @@ def api(data: Path, redis: EmbeddedRedis) -> Iterator[live.Api]:
     running.stop()
 
 
+@pytest.fixture(scope="module")
+def shared_api(tmp_path_factory: pytest.TempPathFactory, tiny_models: Callable[..., Path]) -> Iterator[live.Api]:
+    """One API and Redis for a module whose tests do not mind each other's jobs."""
+    data = tmp_path_factory.mktemp("shared")
+    live.install(tiny_models("llama"), data)
+    server = live.redis(data)
+    running = live.Api(data, server.url)
+    yield running
+    running.stop()
+    server.stop()
+
+
 @pytest.fixture
 def worker(data: Path, redis: EmbeddedRedis) -> Iterator[live.WorkerProcess]:
     """A worker process whose adaptation does what a job's metadata says (`tests.stand_in`)."""
