@@ -107,7 +107,7 @@ def submit(
             raise jsonl.locate(error, files) from None
         if wait:
             if not as_json:
-                errors.print(f"{job.id} is queued", highlight=False)
+                print(f"{job.id} is queued", file=sys.stderr)
             _end(_follow(client, job.id), as_json)
         else:
             print(job.model_dump_json() if as_json else job.id)
@@ -216,7 +216,7 @@ def _end(job: Job, as_json: bool) -> None:
         print(f"{job.id} {job.status.value}: {job.result.verdict}")
     elif job.error:
         where = f" ({job.error.param})" if job.error.param else ""
-        errors.print(f"{job.id} failed: {job.error.message}{where}", style="red", markup=False, highlight=False)
+        print(f"{job.id} failed: {job.error.message}{where}", file=sys.stderr)
     else:
         print(f"{job.id} is {job.status.value}")
     if job.status is not JobStatus.SUCCEEDED:

@@ -1,0 +1,194 @@
+"""`c2i serve` as a process: what it starts it stops, its state survives every restart, nothing outlives it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from service.embedded import EmbeddedRedis
+from tests.live import REPOSITORY, ServeProcess, WorkerProcess, spec, wait_until
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+
+
+def submit(server: ServeProcess, **changes: object) -> str:
+    response = server.http.post("/v1/jobs", json=spec(**changes))
+    assert response.status_code == 202
+    return str(response.json()["id"])
+
+
+def await_status(server: ServeProcess, job_id: str, status: str, timeout: float = 30) -> None:
+    def reached() -> bool:
+        return bool(server.http.get(f"/v1/jobs/{job_id}").json()["status"] == status)
+
+    wait_until(reached, timeout, f"{job_id} is {status}")
+
+
+def test_it_starts_redis_and_workers_and_stops_them_all(data: Path) -> None:
+    server = ServeProcess(data, "--workers", "2")
+    try:
+        assert server.http.get("/healthz").json() == {"status": "ok"}
+        assert server.http.get("/readyz").json() == {"status": "ok"}
+        wait_until(lambda: len(server.children()) == 3, 10, "Redis and two workers run")
+        children = server.children()
+    finally:
+        began = time.monotonic()
+        assert server.stop() == 0
+    assert time.monotonic() - began < 15
+    assert gone(children)
+
+
+def test_nothing_outlives_a_killed_service(data: Path) -> None:
+    server = ServeProcess(data)
+    wait_until(lambda: len(server.children()) == 2, 10, "Redis and a worker run")
+    children = server.children()
+    server.kill()
+    wait_until(lambda: gone(children), 5, "Redis and the worker are gone")
+    # And the folder can be served again at once.
+    again = ServeProcess(data, "--workers", "0")
+    assert again.stop() == 0
+
+
+def test_a_worker_that_dies_is_started_again(data: Path) -> None:
+    server = ServeProcess(data)
+    try:
+        wait_until(lambda: len(server.children()) == 2, 10, "Redis and a worker run")
+        worker = next(child for child in server.children() if "redis" not in child.name())
+        worker.kill()
+        worker.wait(5)
+        wait_until(lambda: len(server.children()) == 2, 10, "another worker runs")
+        assert worker.pid not in [child.pid for child in server.children()]
+    finally:
+        assert server.stop() == 0
+
+
+def test_jobs_survive_a_killed_service_with_its_embedded_redis(data: Path) -> None:
+    server = ServeProcess(data, "--workers", "0")
+    queued, cancelled = submit(server), submit(server, metadata={"a": "b"})
+    server.http.post(f"/v1/jobs/{cancelled}/cancel")
+    before = {job["id"]: job for job in server.http.get("/v1/jobs").json()["data"]}
+    events = server.http.get(f"/v1/jobs/{queued}/events").json()
+    server.kill()
+
+    server = ServeProcess(data, "--workers", "0")
+    try:
+        assert {job["id"]: job for job in server.http.get("/v1/jobs").json()["data"]} == before
+        assert server.http.get(f"/v1/jobs/{queued}/events").json() == events
+        worker = WorkerProcess(data, f"unix://{data}/redis/redis.sock")
+        await_status(server, queued, "succeeded")
+        worker.kill()
+        assert server.http.get(f"/v1/jobs/{cancelled}").json()["status"] == "cancelled"
+    finally:
+        assert server.stop() == 0
+
+
+def test_a_job_survives_the_death_of_everything_at_once(data: Path) -> None:
+    server = ServeProcess(data, "--workers", "0")
+    worker = WorkerProcess(data, f"unix://{data}/redis/redis.sock")
+    job_id = submit(server, metadata={"do": "once"})
+    await_status(server, job_id, "running")
+    worker.kill()
+    server.kill()
+
+    began = time.monotonic()
+    server = ServeProcess(data, "--workers", "0")
+    worker = WorkerProcess(data, f"unix://{data}/redis/redis.sock")
+    try:
+        await_status(server, job_id, "succeeded", timeout=35)
+        assert time.monotonic() - began < 30
+        assert server.http.get(f"/v1/jobs/{job_id}").json()["attempt"] == 2
+    finally:
+        worker.kill()
+        assert server.stop() == 0
+
+
+def test_an_external_redis_is_used_and_its_state_survives_the_services_restart(data: Path, tmp_path: Path) -> None:
+    external = EmbeddedRedis(tmp_path / "elsewhere")
+    external.start()
+    worker = None
+    try:
+        server = ServeProcess(data, "--workers", "0", env={"REDIS_URL": external.url})
+        job_id = submit(server)
+        assert server.children() == []
+        assert not (data / "redis").exists()
+        assert server.stop() == 0
+        server = ServeProcess(data, "--workers", "0", env={"REDIS_URL": external.url})
+        worker = WorkerProcess(data, external.url)
+        await_status(server, job_id, "succeeded")
+        assert server.stop() == 0
+    finally:
+        if worker:
+            worker.kill()
+        external.stop()
+
+
+def test_when_redis_goes_away_requests_are_503_and_come_back(data: Path, tmp_path: Path) -> None:
+    external = EmbeddedRedis(tmp_path / "elsewhere")
+    external.start()
+    server = ServeProcess(data, "--workers", "0", env={"REDIS_URL": external.url})
+    try:
+        job_id = submit(server)
+        external.stop()
+        for path in ("/readyz", f"/v1/jobs/{job_id}", "/v1/jobs"):
+            response = server.http.get(path)
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
+            assert response.headers["retry-after"]
+        assert server.http.post("/v1/jobs", json=spec()).status_code == 503
+        assert server.http.get("/healthz").status_code == 200
+        external = EmbeddedRedis(tmp_path / "elsewhere")
+        external.start()
+        assert server.http.get(f"/v1/jobs/{job_id}").json()["status"] == "queued"
+    finally:
+        assert server.stop() == 0
+        external.stop()
+
+
+def test_the_password_of_redis_is_in_no_argument(data: Path, tmp_path: Path) -> None:
+    server = ServeProcess(data, "--workers", "1")
+    try:
+        wait_until(lambda: len(server.children()) == 2, 10, "Redis and a worker run")
+        worker = next(child for child in server.children() if "redis" not in child.name())
+        assert not any("unix:" in argument for argument in worker.cmdline())
+        assert worker.environ()["REDIS_URL"].startswith("unix://")
+    finally:
+        assert server.stop() == 0
+
+
+def run_serve(*options: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if name not in ("REDIS_URL", "C2I_INSECURE_PUBLIC")}
+    return subprocess.run(
+        [sys.executable, "-m", "service.cli", "serve", *options],
+        cwd=REPOSITORY,
+        env=clean,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.com"])
+def test_a_public_address_is_refused_as_long_as_there_are_no_keys(data: Path, host: str) -> None:
+    result = run_serve("--host", host, "--data", str(data))
+    assert result.returncode == 2
+    assert "no API keys yet" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_port_in_use_is_said_in_one_line(data: Path) -> None:
+    server = ServeProcess(data, "--workers", "0")
+    try:
+        result = run_serve("--port", server.url.rpartition(":")[2], "--data", str(data / "other"))
+        assert result.returncode == 2
+        assert "--port" in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+    finally:
+        assert server.stop() == 0
