@@ -27,11 +27,12 @@ from service.jobs import (
     Stage,
     Verification,
 )
+from service.models import Model
 from service.settings import Settings
 from workers.worker import OnProgress, work
 
 
-def adapt(spec: JobSpec, model: Path, out: Path, *, cache: Path, on_progress: OnProgress) -> Report:
+def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: OnProgress) -> Report:
     """Begin as a real adaptation does, then behave as told."""
     on_progress(Stage.LOADING, 1.0, 60.0, "reading the model")
     (out / "adapter").mkdir()

@@ -38,3 +38,33 @@ def models_add(
     from workers.catalogue import add_model  # noqa: PLC0415 - imports the Hub's client
 
     add_model(model, Settings.load(data=data).data)
+
+
+def adapt(
+    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="One example a line.")],
+    model: Annotated[str, typer.Option(help="ID of an installed model; `c2i models` lists them.")],
+    out: Annotated[Path, typer.Option(help="A new folder for adapter/, model/ and report.json.")],
+    passes: Annotated[int, typer.Option(help="Rounds of backward, ranking and search, 1 to 8.")] = 1,
+    strategy: Annotated[str, typer.Option(help="What may be removed.")] = "components",
+    objective: Annotated[str, typer.Option(help="both, choice or completion.")] = "both",
+    prompt_format: Annotated[str, typer.Option(help="text, or chat for the tokenizer's template.")] = "text",
+    seed: Annotated[int, typer.Option(help="Of the splits.")] = 0,
+    gradient: Annotated[int | None, typer.Option(help="The first N rows are the gradient split.")] = None,
+    selection: Annotated[int, typer.Option(help="With --gradient: the next N rows select; 0 cross-fits.")] = 0,
+    test: Annotated[int | None, typer.Option(help="With --gradient: the next N rows test; all that are left.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Data folder, the same as the service's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
+) -> None:
+    """Adapt a model here and now, without the service. Writes the same artifacts as a job."""
+    from workers.local import run  # noqa: PLC0415 - imports torch
+
+    settings = Settings.load(data=data)
+    fields = {
+        "model": model,
+        "passes": passes,
+        "strategy": strategy,
+        "objective": objective,
+        "prompt_format": prompt_format,
+        "seed": seed,
+    }
+    run(file, fields, out, settings, rows=(gradient, selection, test), as_json=as_json)

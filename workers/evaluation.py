@@ -142,8 +142,7 @@ def honours_tree_mask(model: nn.Module, encoded: Sequence[Encoded]) -> bool:
     tried = max(encoded, key=lambda e: sum(len(c) - 1 for c in e.continuations))
     device = next(model.parameters()).device
     packed, single = (
-        score(model, next(batches([tried], Layout(packed=form))).to(device)).log_probabilities
-        for form in (True, False)
+        score(model, next(batches([tried], Layout(packed=form))).to(device)).log_probabilities for form in (True, False)
     )
     tolerance = TREE_TOLERANCE if packed.dtype == torch.float64 or _wide(model) else 0.25
     return bool((packed - single).abs().max() <= tolerance)
@@ -203,9 +202,8 @@ def _interval(values: Array, seed: int) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean."""
     if np.ptp(values) == 0:
         return float(values[0]), float(values[0])
-    result = stats.bootstrap(
-        (values,), np.mean, n_resamples=BOOTSTRAP_ROUNDS, method="percentile", rng=np.random.default_rng(seed), batch=500
-    )
+    rng = np.random.default_rng(seed)
+    result = stats.bootstrap((values,), np.mean, n_resamples=BOOTSTRAP_ROUNDS, method="percentile", rng=rng, batch=500)
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 

@@ -1,4 +1,4 @@
-"""Examples as the model reads them: split, tokenised, and laid out in batches that answer every choice at once.
+"""Examples as the model reads them: tokenised, and laid out in batches that answer every choice at once.
 
 All continuations of a prompt that a loss needs (one, or every choice) form a prefix tree of tokens behind it. In
 the packed layout the prompt and its whole tree are one row: a node attends to the prompt and its own ancestors
@@ -8,11 +8,10 @@ rows. Where a model does not honour such a mask (`evaluation.honours_tree_mask`)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,11 +24,10 @@ class Tokenizer(Protocol):
 
     chat_template: str | None
 
-    def __call__(self, text: list[str], *, add_special_tokens: bool) -> dict[str, list[list[int]]]: ...
+    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Mapping[str, list[list[int]]]: ...
     def apply_chat_template(
         self, conversation: list[dict[str, str]], *, add_generation_prompt: bool, tokenize: bool
     ) -> str: ...
-    def decode(self, token_ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -135,35 +133,6 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return n
 
 
-# --- splits -----------------------------------------------------------------------------------------------------
-
-# Under this many examples splits are too small to select on, and gradient and selection are cross-fitted.
-CROSS_FIT_BELOW = 60
-FOLDS = 4
-
-
-def deduplicate(examples: Sequence[Example]) -> list[Example]:
-    """The examples in order, each once: a copy in another split would prove nothing."""
-    return list({(e.prompt, e.completion, tuple(e.choices or ())): e for e in examples}.values())
-
-
-def split(n: int, fractions: Sequence[float], seed: int) -> list[list[int]]:
-    """Indices 0 to n-1, shuffled by `seed` and divided by `fractions` (which sum to 1)."""
-    order = np.random.default_rng(seed).permutation(n)
-    bounds = np.round(np.cumsum([0.0, *fractions]) * n).astype(int)
-    return [sorted(order[a:b].tolist()) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
-
-
-def deal_folds(labels: Sequence[str], folds: int, seed: int) -> list[int]:
-    """A fold for each example, equally many in each, and of each label as equally many as can be."""
-    order = np.random.default_rng(seed).permutation(len(labels)).tolist()
-    order.sort(key=lambda i: labels[i])
-    fold = [0] * len(labels)
-    for rank, i in enumerate(order):
-        fold[i] = rank % folds
-    return fold
-
-
 # --- batches ----------------------------------------------------------------------------------------------------
 
 # Tokens of one forward pass, padding included. On two CPU cores larger batches are no faster; on a GPU a few are.
@@ -219,8 +188,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return Batch(**moved)
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 @dataclass
@@ -273,7 +242,7 @@ def _lay_out(encoded: Sequence[Encoded], chosen: list[int], *, packed: bool) -> 
     for e, i in enumerate(chosen):
         example = encoded[i]
         paths, nodes = _tree(example)
-        place = {(): (len(rows), -1)}
+        place: dict[tuple[int, ...], tuple[int, int]] = {(): (len(rows), -1)}
         if packed:
             ordered = list(nodes)
             parents = [nodes[path[:-1]] if len(path) > 1 else -1 for path in ordered]

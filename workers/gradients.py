@@ -150,7 +150,8 @@ def effects(
         if recorder.unattributable:
             unreached[target.name] = "its tokens are regrouped and cannot be attributed to examples"
         elif not recorder.reached:
-            unreached[target.name] = "no gradient reached it" if recorder.called else "the forward pass does not call it"
+            why = "no gradient reached it" if recorder.called else "the forward pass does not call it"
+            unreached[target.name] = why
         else:
             found[target.name] = recorder.effect
     hooks = sum(recorder.seconds for recorder in recorders)
@@ -168,5 +169,3 @@ def _backward(model: nn.Module, batch: Batch, objective: Objective, recorders: S
         loss = losses(score(model, on_device), on_device, objective)
         loss.sum().backward()  # type: ignore[no-untyped-call]
     return loss.detach()
-
-

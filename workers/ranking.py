@@ -35,9 +35,7 @@ class Plan:
     def union(self, other: Plan) -> Plan:
         """What either removes, modules in sorted order."""
         names = sorted({*self.components, *other.components})
-        return Plan(
-            {n: tuple(sorted({*self.components.get(n, ()), *other.components.get(n, ())})) for n in names}
-        )
+        return Plan({n: tuple(sorted({*self.components.get(n, ()), *other.components.get(n, ())})) for n in names})
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +100,7 @@ def rank(effects: Mapping[str, Tensor], rows: Sequence[int] | None = None, remov
         ts.append(t[keep].cpu())
         means.append(used.double().mean(0)[keep].cpu())
     t, order = torch.cat(ts).sort(descending=True, stable=True)
-    return Ranking(
-        modules, torch.cat(owners)[order], torch.cat(index)[order], t, torch.cat(means)[order].cumsum(0)
-    )
+    return Ranking(modules, torch.cat(owners)[order], torch.cat(index)[order], t, torch.cat(means)[order].cumsum(0))
 
 
 def sizes(ranking: Ranking, loss: float, smallest: int = SMALLEST) -> list[int]:

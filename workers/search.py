@@ -13,25 +13,30 @@ effects are per example.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from torch import nn
 
-from service.jobs import Candidate, Objective, PassReport
+from service.jobs import Candidate, Objective, PassReport, Stage
 from workers.evaluation import Outcome, evaluate, paired_p
 from workers.examples import Encoded, Layout
 from workers.gradients import Effects, effects
+from workers.progress import Clock
 from workers.pruning import applied
 from workers.ranking import Plan, Ranking, rank, sizes
 from workers.spectrum import Spectrum
 from workers.targets import Target
 
-# A pass is accepted if the paired, one-sided t-test on the selection losses gives a p below this.
+# A pass is accepted if the paired, one-sided t-test on the selection losses gives a p below this, after it was
+# multiplied by the number of candidates that the best was chosen from (Bonferroni).
 SIGNIFICANCE = 0.05
 # Sizes tried beyond the best so far before a pass ends: the loss is not always convex in the size.
 PATIENCE = 2
+# A pass that still lowered the loss by this fraction suggests that another would pay.
+STILL_FALLING = 0.02
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,18 +59,14 @@ class Track:
     plan: Plan = field(default_factory=Plan)
 
 
-@dataclass
-class Clock:
-    """Seconds by kind of work, and the measure of cost: FB."""
+class OnStep(Protocol):
+    """Told the kind of work, the pass from 1, the fraction of that work done, and a message."""
 
-    backward: float = 0.0
-    ranking: float = 0.0
-    searching: float = 0.0
-    fb: float = 0.0
+    def __call__(self, stage: Stage, number: int, fraction: float, message: str) -> None: ...
 
 
 class Search:
-    """Passes over one pool of examples. After `run`, `plan` is the result."""
+    """Passes over one pool of examples."""
 
     def __init__(self, subject: Subject, pool: Sequence[Encoded], tracks: Sequence[Track], result: Track) -> None:
         """
@@ -80,32 +81,28 @@ class Search:
         self.all_tracks = self.tracks if result in self.tracks else [*self.tracks, result]
         self.judged = sorted(row for track in self.tracks for row in track.judge)
         self.clock = Clock()
+        self.passes: list[PassReport] = []
+        self.plans = [Plan()]
+        """The result's plan: of the base, and after each accepted pass."""
+        self.outcomes: list[Outcome] = []
+        """On the judged examples, in the order of `plans`."""
         self.unreached: dict[str, str] = {}
+        """Modules that no gradient reached, and why."""
 
-    @property
-    def plan(self) -> Plan:
-        """What is removed so far."""
-        return self.result.plan
-
-    def run(self, passes: int, on_step: Callable[[str, float, str], None]) -> Iterator[PassReport]:
-        """Up to `passes` passes, each yielded when it is decided; the first that is not accepted is the last.
-
-        Args:
-            on_step: told the kind of work (`backward`, `ranking`, `searching`), its fraction done within the
-                pass, and a message.
-        """
+    def run(self, passes: int, on_step: OnStep) -> None:
+        """Up to `passes` passes; the first that is not accepted is the last."""
         started = time.perf_counter()
-        current = self._judge([track.plan for track in self.tracks])
+        self.outcomes = [self._judge([track.plan for track in self.tracks])]
         self.clock.searching += time.perf_counter() - started
         for number in range(1, passes + 1):
-            report, current = self._one_pass(number, current, on_step)
-            yield report
+            report, outcome = self._one_pass(number, self.outcomes[-1], on_step)
+            self.passes.append(report)
             if not report.accepted:
                 return
+            self.plans.append(self.result.plan)
+            self.outcomes.append(outcome)
 
-    def _one_pass(
-        self, number: int, current: Outcome, on_step: Callable[[str, float, str], None]
-    ) -> tuple[PassReport, Outcome]:
+    def _one_pass(self, number: int, current: Outcome, on_step: OnStep) -> tuple[PassReport, Outcome]:
         began = time.perf_counter()
         rankings = self._rank(number, on_step)
         loss = float(current.loss.mean())
@@ -115,7 +112,7 @@ class Search:
         tried = sizes(rankings[-1], loss)
         since_best = 0
         for k, n in enumerate(tried):
-            on_step("searching", k / len(tried), f"pass {number}: removing {n} components")
+            on_step(Stage.SEARCHING, number, k / len(tried), f"pass {number}: trying without {n} components")
             at = time.perf_counter()
             outcome = self._judge(
                 [track.plan.union(r.first(n)) for track, r in zip(self.tracks, rankings, strict=False)]
@@ -127,7 +124,7 @@ class Search:
                 since_best += 1
                 if since_best == PATIENCE:
                     break
-        p = paired_p(best.loss - current.loss, two_sided=False)
+        p = min(1.0, paired_p(best.loss - current.loss, two_sided=False) * len(candidates))
         accepted = best_n > 0 and p < SIGNIFICANCE
         if accepted:
             for track, ranking in zip(self.all_tracks, rankings, strict=True):
@@ -145,9 +142,9 @@ class Search:
             still_falling=accepted and (loss - float(best.loss.mean())) > STILL_FALLING * loss,
             seconds=time.perf_counter() - began,
         )
-        return report, best if accepted else current
+        return report, best
 
-    def _rank(self, number: int, on_step: Callable[[str, float, str], None]) -> list[Ranking]:
+    def _rank(self, number: int, on_step: OnStep) -> list[Ranking]:
         """A ranking for each track, the result's last."""
         found: dict[int, Effects] = {}
         rankings = []
@@ -164,12 +161,12 @@ class Search:
                         [self.pool[r] for r in rows],
                         self.subject.objective,
                         self.subject.layout,
-                        on_batch=lambda done: on_step("backward", done, f"pass {number}: backward"),
+                        on_batch=lambda done: on_step(Stage.BACKWARD, number, done, f"pass {number}: backward"),
                     )
                 self.clock.backward += time.perf_counter() - at
                 self.clock.fb = self.clock.fb or found[0].fb_seconds
             at = time.perf_counter()
-            on_step("ranking", 0.0, f"pass {number}: ranking")
+            on_step(Stage.RANKING, number, 0.0, f"pass {number}: ranking")
             position = {row: k for k, row in enumerate(rows)}
             rankings.append(rank(found[0].by_module, [position[r] for r in track.fit], track.plan))
             self.clock.ranking += time.perf_counter() - at
@@ -186,12 +183,11 @@ class Search:
             rows += track.judge
         order = np.argsort(rows)
         return Outcome(
-            *(np.concatenate([getattr(part, f) for part in parts])[order] for f in ("loss", "exact", "predicted", "correct"))
+            loss=np.concatenate([part.loss for part in parts])[order],
+            exact=np.concatenate([part.exact for part in parts])[order],
+            predicted=np.concatenate([part.predicted for part in parts])[order],
+            correct=np.concatenate([part.correct for part in parts])[order],
         )
-
-
-# A pass that still lowered the loss by this fraction suggests that another would pay.
-STILL_FALLING = 0.02
 
 
 def _candidate(n: int, ranking: Ranking, outcome: Outcome, loss: float, seconds: float) -> Candidate:

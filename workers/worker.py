@@ -33,6 +33,7 @@ from service.errors import C2IError, Conflict, InternalError, JobNotFound, OutOf
 from service.jobs import JobSpec, JobStatus, Progress, Report, Stage
 from service.queue import JobQueue, connect
 from service.settings import Settings
+from workers.progress import OnProgress
 
 logger = logging.getLogger(__name__)
 
@@ -45,16 +46,12 @@ PROGRESS_SECONDS = 0.5
 PATIENCE_SECONDS = 60.0
 
 
-class OnProgress(Protocol):
-    """Called by an adaptation as it goes."""
-
-    def __call__(self, stage: Stage, percent: float, eta_seconds: float | None, message: str) -> None: ...
-
-
 class Adapt(Protocol):
     """`workers.adaptation.adapt`: writes everything that is to be published into `out`."""
 
-    def __call__(self, spec: JobSpec, model: Path, out: Path, *, cache: Path, on_progress: OnProgress) -> Report: ...
+    def __call__(
+        self, spec: JobSpec, model: models.Model, out: Path, *, cache: Path, on_progress: OnProgress
+    ) -> Report: ...
 
 
 def work(settings: Settings, redis_url: str, adapt: Adapt) -> None:
@@ -176,7 +173,7 @@ class Worker(rq.Worker):
             model = models.resolve(settings.models, spec.model)
             with store.workspace(job_id, attempt) as out:
                 progress = _progress_writer(queue, job_id, attempt)
-                report = self._adapt(spec, model.folder, out, cache=settings.cache, on_progress=progress)
+                report = self._adapt(spec, model, out, cache=settings.cache, on_progress=progress)
                 store.publish(job_id, attempt, out)
             _insist(lambda: queue.succeed(job_id, attempt, report.brief()))
         except (Conflict, JobNotFound) as error:

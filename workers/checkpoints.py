@@ -1,0 +1,221 @@
+"""Base models in, adapters and merged models out, and the check that what was written is what was measured.
+
+Loading takes safetensors only and runs no code of a model's own. The adapter is a PEFT LoRA that subtracts the
+removed components, exactly; the merged model has the base's files, tensor for tensor and byte for byte, with only
+the pruned weights changed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from service.errors import InternalError, UnusableModel
+from service.models import weight_files
+from workers.evaluation import answer_logits
+from workers.examples import Batch, Tokenizer
+from workers.pruning import lora_factors, pruned
+from workers.ranking import Plan
+from workers.spectrum import Spectrum
+from workers.targets import Target
+
+# What a tokenizer or a configuration is made of; weights are written, everything else is left behind.
+COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+# Largest logit difference between an artifact read back and the model in memory. In 16 bits the adapter keeps the
+# removed part at full precision beside the weight and the merged weight rounds it: that rounding is allowed for.
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
+TOLERANCE_16_BIT = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A base model in memory."""
+
+    folder: Path
+    model: nn.Module
+    tokenizer: Tokenizer
+    dtype: torch.dtype
+
+
+def load_model(folder: Path) -> nn.Module:
+    """The model in the dtype of its checkpoint, on the GPU if there is one, its dropout off.
+
+    Raises:
+        UnusableModel: if transformers cannot load it, or the checkpoint lacks weights.
+    """
+    transformers_logging.disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto",
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        raise UnusableModel(
+            f"transformers cannot load this model as a causal language model ({type(error).__name__})", param="model"
+        ) from error
+    model, info = loaded
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UnusableModel(f"the checkpoint lacks {len(missing)} weights, {missing[0]} first", param="model")
+    module: nn.Module = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return module
+
+
+def load(folder: Path) -> Checkpoint:
+    """Model and tokenizer of a checked folder (`service.models.resolve`)."""
+    model = load_model(folder)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise UnusableModel(
+            f"transformers cannot load this model's tokenizer ({type(error).__name__})", param="model"
+        ) from error
+    return Checkpoint(folder, model, tokenizer, next(model.parameters()).dtype)
+
+
+def write_adapter(
+    folder: Path, model_id: str, targets: Sequence[Target], spectra: Mapping[str, Spectrum], plan: Plan
+) -> None:
+    """Write `adapter_model.safetensors` and `adapter_config.json`.
+
+    Scaling is 1 for every module, and for the whole adapter too: a server that reads `r` and `lora_alpha` but no
+    pattern does the same. An empty plan is an adapter of one rank that is zero.
+    """
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    touched = [t for t in targets if plan.components.get(t.name)] or list(targets[:1])
+    for target in touched:
+        components = plan.components.get(target.name, ())
+        A, B = lora_factors(target.weight, spectra[target.name], components or (0,))
+        if not components:
+            B.zero_()
+        ranks[target.name] = A.shape[0]
+        tensors[f"base_model.model.{target.name}.lora_A.weight"] = A.cpu()
+        tensors[f"base_model.model.{target.name}.lora_B.weight"] = B.cpu()
+    r = max(ranks.values())
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model_id,
+        inference_mode=True,
+        r=r,
+        lora_alpha=r,
+        target_modules=sorted(ranks),
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != r},
+        alpha_pattern={name: rank for name, rank in ranks.items() if rank != r},
+        fan_in_fan_out=all(isinstance(t.module, Conv1D) for t in touched),
+    )
+    # peft keeps target modules in a set: written as it is, the file would differ from run to run.
+    config.target_modules = sorted(ranks)
+    folder.mkdir(parents=True)
+    config.save_pretrained(str(folder))
+    _save(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def write_model(
+    folder: Path, base: Checkpoint, targets: Sequence[Target], spectra: Mapping[str, Spectrum], plan: Plan
+) -> None:
+    """Write the base's own files with the pruned weights in them: same shards, names, order, dtype and metadata."""
+    changed = {t.name: t for t in targets if plan.components.get(t.name)}
+    folder.mkdir(parents=True)
+    for path in sorted(base.folder.iterdir()):
+        if path.suffix in COPIED_SUFFIXES and path.is_file():
+            shutil.copyfile(path, folder / path.name)
+    owners = _tensor_owners(base, changed)
+    for shard in weight_files(base.folder):
+        mine = {name: key for name, (file, key) in owners.items() if file == shard.name}
+        if not mine:
+            shutil.copyfile(shard, folder / shard.name)
+            continue
+        with safe_open(shard, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
+            metadata = opened.metadata()
+        for name, key in mine.items():
+            target = changed[name]
+            new = pruned(target.weight, spectra[name], plan.components[name]).to("cpu", tensors[key].dtype)
+            tensors[key] = (new.T if target.transposed else new).contiguous()
+        _save(tensors, folder / shard.name, metadata)
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(0o644)  # safetensors gives what it writes to its owner alone
+
+
+def _tensor_owners(base: Checkpoint, changed: Mapping[str, Target]) -> dict[str, tuple[str, str]]:
+    """For each changed module the shard and the key of its weight in the base's checkpoint.
+
+    A checkpoint may leave out the model's prefix or have one more; the content decides, not the name.
+
+    Raises:
+        UnusableModel: if the checkpoint stores a weight in another form, fused with others say.
+    """
+    prefix = getattr(base.model, "base_model_prefix", "")
+    found: dict[str, tuple[str, str]] = {}
+    for shard in weight_files(base.folder):
+        with safe_open(shard, framework="pt") as opened:
+            keys = set(opened.keys())
+            for name, target in changed.items():
+                for key in (f"{name}.weight", f"{name}.weight".removeprefix(f"{prefix}."), f"{prefix}.{name}.weight"):
+                    if name not in found and key in keys:
+                        stored, own = opened.get_tensor(key), target.module.get_parameter("weight").detach().cpu()
+                        if stored.shape == own.shape and torch.equal(stored.to(own.dtype), own):
+                            found[name] = (shard.name, key)
+    missing = sorted(set(changed) - set(found))
+    if missing:
+        raise UnusableModel(f"the checkpoint stores {missing[0]} in a form that cannot be written back", param="model")
+    return found
+
+
+@torch.no_grad()
+def reload_check(folder: Path, base: Checkpoint, batch: Batch, expected: Tensor) -> tuple[float, float]:
+    """Read both artifacts back from disk and compare their logits on a batch with those of the adapted model.
+
+    The adapter is put on `base.model`, which is left as it was.
+
+    Args:
+        folder: holds `adapter/` and `model/`.
+        expected: (Q, vocabulary) logits of the adapted model in memory.
+
+    Returns:
+        The largest absolute differences: adapter, merged model.
+
+    Raises:
+        InternalError: if one is over the tolerance: nothing may then be published.
+    """
+    with warnings.catch_warnings():
+        # peft 0.21 asks transformers 5 for a property under its old name.
+        warnings.simplefilter("ignore", FutureWarning)
+        with_adapter = PeftModel.from_pretrained(base.model, folder / "adapter").eval()
+    adapter = _difference(answer_logits(base.model, batch), expected)
+    with_adapter.unload()
+    del with_adapter
+    merged_model = load_model(folder / "model")
+    merged = _difference(answer_logits(merged_model, batch), expected)
+    limit = TOLERANCE.get(base.dtype, TOLERANCE_16_BIT)
+    if not (adapter <= limit and merged <= limit):
+        raise InternalError(
+            f"the artifacts read back differ from the adapted model: adapter {adapter:.2g}, model {merged:.2g}, "
+            f"at most {limit:g} is allowed; nothing was published"
+        )
+    return adapter, merged
+
+
+def _difference(logits: Tensor, expected: Tensor) -> float:
+    return float((logits.float() - expected.float()).abs().max())

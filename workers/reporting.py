@@ -1,0 +1,121 @@
+"""`report.json` from what an adaptation found."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from service.jobs import (
+    Cost,
+    JobSpec,
+    ModelInfo,
+    Outlook,
+    PlanEntry,
+    Removed,
+    Report,
+    SkippedModule,
+    Verification,
+)
+from service.models import Model
+from workers.evaluation import Outcome, differences, metrics
+from workers.ranking import Plan
+from workers.search import Search, Subject
+from workers.splits import Splits
+from workers.verdict import Verdict
+
+PACKAGES = ("compress-to-impress", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "scipy")
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """Everything that an adaptation knows at its end."""
+
+    subject: Subject
+    splits: Splits
+    search: Search
+    outcomes: Sequence[Outcome]
+    """On the test split: the base, after the first accepted pass, after the last; the last two may be one or none."""
+    verdict: Verdict
+    plan: Plan
+    """What is returned: empty if that is the base."""
+    verification: Verification
+    skipped: list[SkippedModule]
+
+
+def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Report:
+    """The report of one adaptation."""
+    tested = found.splits.test or [found.splits.pool[row] for row in found.search.judged]
+    base = found.outcomes[0]
+    returned = found.outcomes[-1] if found.verdict.improved else base
+    first = found.outcomes[1] if len(found.outcomes) > 1 else None
+    parameters = sum(p.numel() for p in found.subject.model.parameters())
+    return Report(
+        improved=found.verdict.improved,
+        verdict=found.verdict.sentence,
+        difference=found.verdict.difference,
+        removed=Removed(components=found.plan.size, modules=len(found.plan.components)),
+        model=ModelInfo(
+            id=model.id,
+            revision=model.revision,
+            architecture=model.architecture,
+            dtype=str(next(found.subject.model.parameters()).dtype).removeprefix("torch."),
+            parameters=parameters,
+            target_modules=len(found.subject.targets),
+            components=sum(spectrum.rank for spectrum in found.subject.spectra.values()),
+        ),
+        strategy=spec.strategy,
+        objective=spec.objective,
+        prompt_format=spec.prompt_format,
+        seed=spec.seed,
+        passes_requested=spec.passes,
+        splits=found.splits.sizes,
+        base=metrics(base, tested),
+        after_first_pass=metrics(first, tested) if first else None,
+        adapted=metrics(returned, tested),
+        differences=found.verdict.differences,
+        first_pass_differences=differences(base, first, spec.seed) if first else [],
+        passes=found.search.passes,
+        outlook=_outlook(spec, found.search),
+        plan=_plan_entries(found.subject, found.plan),
+        skipped_modules=found.skipped,
+        verification=found.verification,
+        cost=cost,
+        versions={name: importlib.metadata.version(name) for name in PACKAGES}
+        | {"python": platform.python_version(), "platform": platform.platform()},
+    )
+
+
+def _outlook(spec: JobSpec, search: Search) -> Outlook:
+    last = search.passes[-1]
+    seconds = sum(report.seconds for report in search.passes) / len(search.passes)
+    falling = last.accepted and last.still_falling
+    cost = f"about {seconds:.0f} s ({seconds / search.clock.fb:.1f} FB)"
+    if not last.accepted:
+        message = f"Pass {last.number} was not accepted: {last.reason}. More passes would not help."
+    elif not falling:
+        message = f"Pass {last.number} lowered the selection loss by little; another would cost {cost}."
+    elif spec.passes < 8:
+        message = f"The selection loss was still falling after pass {last.number}; another pass would cost {cost}."
+    else:
+        message = f"The selection loss was still falling after pass {last.number}, the last that can be asked for."
+    return Outlook(still_falling=falling, next_pass_seconds=seconds, message=message)
+
+
+def _plan_entries(subject: Subject, plan: Plan) -> list[PlanEntry]:
+    entries = []
+    for target in subject.targets:
+        components = plan.components.get(target.name)
+        if components:
+            S = subject.spectra[target.name].S.double()
+            removed = torch.linalg.vector_norm(S[list(components)]) / torch.linalg.vector_norm(S)
+            out, in_ = target.weight.shape
+            entries.append(
+                PlanEntry(
+                    module=target.name, shape=(out, in_), components=list(components), relative_norm=float(removed)
+                )
+            )
+    return entries

@@ -1,0 +1,72 @@
+"""What is said of an adaptation, and what is returned: the adapted model, or the base.
+
+The adapted model is returned if it is significantly better than the base in some metric on the test split, and
+significantly worse in neither accuracy nor exact match. Else the base is, and the verdict says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from service.jobs import Difference, SplitSizes
+from workers.evaluation import Outcome, differences
+
+SIGNIFICANT = 0.05
+WORDS = {"accuracy": "accuracy over the choices", "exact_match": "exact match", "loss": "loss"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The decision and its grounds."""
+
+    improved: bool
+    sentence: str
+    difference: Difference
+    """The one the decision stands on; of what is returned, so zero where that is the base."""
+    differences: list[Difference]
+    """Of what is returned, in every metric."""
+
+
+def judge(base: Outcome, adapted: Outcome, sizes: SplitSizes, seed: int, *, removed: int) -> Verdict:
+    """Compare two models on one split and decide which is returned.
+
+    Args:
+        removed: how many components the adapted model lacks.
+    """
+    unchanged = differences(base, base, seed)
+    where = f"{sizes.test} {'cross-validated' if sizes.cross_validated else 'unseen'} examples"
+    if not removed:
+        sentence = "No significant improvement: no removal lowered the loss reliably. The base model is returned."
+        return Verdict(False, sentence, unchanged[0], unchanged)
+    found = differences(base, adapted, seed)
+    worse = [d for d in found if d.metric != "loss" and d.high < 0 and d.p < SIGNIFICANT]
+    better = [d for d in found if _better(d)]
+    if worse or not better:
+        told = _tell(worse[0] if worse else found[0], base, adapted)
+        opening = "Worse than the base" if worse else "No significant improvement"
+        return Verdict(False, f"{opening} on {where}: {told}. The base model is returned.", unchanged[0], unchanged)
+    told = _tell(better[0], base, adapted)
+    if better[0].metric == "loss":
+        told += f"; {_tell(found[0], base, adapted)}, which is not significant"
+    return Verdict(True, f"Improved on {where}: {told}.", better[0], found)
+
+
+def _better(difference: Difference) -> bool:
+    right_way = difference.high < 0 if difference.metric == "loss" else difference.low > 0
+    return right_way and difference.p < SIGNIFICANT
+
+
+def _tell(difference: Difference, base: Outcome, adapted: Outcome) -> str:
+    values = {"accuracy": "correct", "exact_match": "exact", "loss": "loss"}[difference.metric]
+    before, after = (_mean(getattr(outcome, values)) for outcome in (base, adapted))
+    p = "p < .001" if difference.p < 0.001 else f"p = {difference.p:.3f}"
+    return (
+        f"{WORDS[difference.metric]} {before:.3f} to {after:.3f} "
+        f"({difference.value:+.3f}, 95 % interval {difference.low:+.3f} to {difference.high:+.3f}, {p})"
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if value == value]  # noqa: PLR0124 - NaN for an example without choices
+    return sum(known) / len(known)
