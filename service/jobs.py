@@ -359,10 +359,13 @@ class Metrics(Scores):
 
 
 class Candidate(_Model):
-    """One plan that the search tried: its size, what first order predicted and what came out, on the selection
-    split. Losses are means per example."""
+    """One plan that the search tried: its size, what first order predicted and what came out, on the `examples` of
+    the selection split that it was judged on (all, or a part for one that fell behind). Losses are means per
+    example, `base_loss` that of the model before the pass."""
 
     size: int
+    examples: int
+    base_loss: float
     predicted_loss: float
     loss: float
     accuracy: float | None

@@ -111,12 +111,15 @@ def build(
 
     made = tokenizer()
     model_type, keys = ARCHITECTURES[architecture]
-    ids = {
-        "bos_token_id": made.eos_token_id,
-        "eos_token_id": made.eos_token_id,
-        "pad_token_id": made.pad_token_id,
-    }
-    config = AutoConfig.for_model(model_type, vocab_size=len(made), initializer_range=0.2, **ids, **keys)
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=len(made) + 8,  # as real models have: more rows than tokens, and Qwen's tokenizer adds one
+        initializer_range=0.2,
+        bos_token_id=made.eos_token_id,
+        eos_token_id=made.eos_token_id,
+        pad_token_id=made.pad_token_id,
+        **keys,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
@@ -136,7 +139,7 @@ def build(
 def learnable_examples(count: int = 80) -> list[dict[str, Any]]:
     """Examples of a small closed task, no two alike."""
     labels = [" yes", " no", " red"]
-    return [{"prompt": f"Item {i}: answer", "completion": labels[i * 7 % 3], "choices": labels} for i in range(count)]
+    return [{"prompt": f"Item {i}: answer", "completion": labels[i % 3], "choices": labels} for i in range(count)]
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class Service:
     store: ArtifactStore
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:
     return cast(Service, request.app.state.service)
 
 

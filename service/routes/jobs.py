@@ -33,7 +33,7 @@ LONGEST_WAIT_SECONDS = 60.0
 DRAIN_BYTES = 4 * MAX_BODY_BYTES
 
 
-def _job_id(job_id: Annotated[str, Path(description="As `POST /v1/jobs` returned it.")]) -> str:
+async def _job_id(job_id: Annotated[str, Path(description="As `POST /v1/jobs` returned it.")]) -> str:
     check_job_id(job_id)
     return job_id
 
