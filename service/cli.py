@@ -275,6 +275,9 @@ def main() -> None:
         if error.retryable and not isinstance(error, InternalError):
             sys.exit(EXIT_UNAVAILABLE)
         sys.exit(EXIT_FAILED if error.status >= 500 else EXIT_WRONG)
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_UNAVAILABLE)
 
 
 if __name__ == "__main__":

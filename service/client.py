@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import httpx
 
-from service.errors import C2IError, InternalError, Unavailable
+from service.errors import C2IError, InternalError, InvalidInput, Unavailable
 from service.jobs import Job, JobEvent, Report
 
 CHUNK_BYTES = 1 << 20
@@ -22,7 +22,10 @@ class Client:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._http = httpx.Client(base_url=url, timeout=httpx.Timeout(30, read=60), follow_redirects=False)
+        try:
+            self._http = httpx.Client(base_url=url, timeout=httpx.Timeout(30, read=60), follow_redirects=False)
+        except httpx.InvalidURL:
+            raise InvalidInput("no URL; it is like http://127.0.0.1:8000", param="url") from None
 
     def __enter__(self) -> Self:
         return self

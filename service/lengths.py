@@ -7,6 +7,7 @@ one token of each byte. Only the others are tokenised.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -22,8 +23,9 @@ from service.models import Model, too_long
 MARGIN_TOKENS = 64
 # By how much a normalizer can lengthen a text in UTF-8, at worst: U+FDFA is 3 bytes and 33 under NFKC. One that is
 # not listed may do anything, and every example is then tokenised.
-GROWTH = {"Prepend": 1, "Strip": 1, "StripAccents": 1, "Replace": 3, "NFC": 4, "NFD": 4, "Lowercase": 2}
-GROWTH |= {"NFKC": 11, "NFKD": 11}
+GROWTH = {"Prepend": 1, "Strip": 1, "StripAccents": 1, "NFC": 4, "NFD": 4, "NFKC": 11, "NFKD": 11, "Lowercase": 2}
+# A blank becomes U+2581, of three bytes, and as many tokens where the vocabulary lacks it.
+METASPACE_GROWTH = 3
 
 
 def check_lengths(model: Model, spec: JobSpec) -> None:
@@ -108,7 +110,7 @@ def _growth(path: Path, size: int, changed: int) -> int | None:
     at = text.find("{") + 1
     parts: dict[str, Any] = {}
     try:
-        while "normalizer" not in parts or "post_processor" not in parts:
+        while not {"normalizer", "pre_tokenizer", "post_processor"} <= parts.keys():
             at = text.index('"', at)
             key, at = decoder.raw_decode(text, at)
             if key == "model":
@@ -121,19 +123,30 @@ def _growth(path: Path, size: int, changed: int) -> int | None:
         return None
     if len(json.dumps(parts["post_processor"])) > 40 * MARGIN_TOKENS:
         return None
-    growth = 1
-    for kind in _normalizers(parts["normalizer"]):
-        if kind not in GROWTH:
+    growth = METASPACE_GROWTH if '"Metaspace"' in json.dumps(parts.get("pre_tokenizer")) else 1
+    for normalizer in _normalizers(parts["normalizer"]):
+        factor = _replacement_growth(normalizer) if normalizer["type"] == "Replace" else GROWTH.get(normalizer["type"])
+        if factor is None:
             return None
-        growth *= GROWTH[kind]
+        growth *= factor
     return growth
 
 
-def _normalizers(value: object) -> Iterator[str]:
+def _normalizers(value: object) -> Iterator[dict[str, Any]]:
+    """The normalizers of a sequence, or the one that there is."""
     if isinstance(value, dict):
         inner = value.get("normalizers")
         if isinstance(inner, list):
             for one in inner:
                 yield from _normalizers(one)
         else:
-            yield str(value.get("type"))
+            yield {"type": None, **value}
+
+
+def _replacement_growth(normalizer: dict[str, Any]) -> int | None:
+    pattern = normalizer.get("pattern")
+    replaced = pattern.get("String") if isinstance(pattern, dict) else None
+    content = normalizer.get("content")
+    if not isinstance(replaced, str) or not replaced or not isinstance(content, str):
+        return None
+    return max(1, math.ceil(len(content.encode()) / len(replaced.encode())))

@@ -28,7 +28,7 @@ from redis import Redis
 from redis.backoff import ExponentialBackoff
 from redis.client import Pipeline
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import WatchError
+from redis.exceptions import RedisError, WatchError
 from redis.retry import Retry
 from rq import Queue
 from rq.serializers import JSONSerializer
@@ -50,9 +50,16 @@ Change = Callable[[Record, Pipeline], None]
 
 
 def connect(url: str) -> Redis:
-    """A client that waits out a restart of Redis, up to three seconds of it."""
+    """A client that waits out a restart of Redis, up to three seconds of it.
+
+    Raises:
+        InvalidInput: what is no Redis URL.
+    """
     retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), 8, supported_errors=(RedisConnectionError,))
-    return Redis.from_url(url, socket_connect_timeout=5, socket_timeout=10, retry=retry)
+    try:
+        return Redis.from_url(url, socket_connect_timeout=5, socket_timeout=10, retry=retry)
+    except ValueError:
+        raise InvalidInput("a Redis URL begins with redis://, rediss:// or unix://", param="REDIS_URL") from None
 
 
 def socket_url(path: str) -> str:
@@ -79,7 +86,10 @@ class JobQueue:
 
     def check(self) -> None:
         """Raises Unavailable where Redis does not answer or is too old."""
-        version = str(self.redis.info("server")["redis_version"])
+        try:
+            version = str(self.redis.info("server")["redis_version"])
+        except RedisError:
+            raise Unavailable("Redis does not answer; check that it runs and that REDIS_URL leads to it") from None
         if tuple(map(int, version.split(".")[:2])) < OLDEST_REDIS:
             raise Unavailable(f"Redis {version} is too old; 6.2 or newer is needed")
 

@@ -27,6 +27,17 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: on tiny models a second one costs more than it does."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def data(tmp_path: Path, tiny_models: Callable[..., Path]) -> Path:
     """A data folder with the model `tiny-llama`."""
     live.install(tiny_models("llama"), tmp_path / "data")

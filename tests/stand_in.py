@@ -29,7 +29,8 @@ from service.jobs import (
 )
 from service.models import Model
 from service.settings import Settings
-from workers.worker import OnProgress, work
+from workers.progress import OnProgress
+from workers.worker import work
 
 
 def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: OnProgress) -> Report:

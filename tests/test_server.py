@@ -162,12 +162,25 @@ def test_the_password_of_redis_is_in_no_argument(data: Path, tmp_path: Path) -> 
         assert server.stop() == 0
 
 
-def run_serve(*options: str) -> subprocess.CompletedProcess[str]:
+def test_answers_do_not_wait_for_an_acknowledgement(data: Path) -> None:
+    server = ServeProcess(data, "--workers", "0")
+    try:
+        times = []
+        for _ in range(30):
+            began = time.perf_counter()
+            server.http.get("/healthz")
+            times.append(time.perf_counter() - began)
+        assert sorted(times)[15] < 0.03  # Nagle's algorithm and a delayed ACK make it 0.044
+    finally:
+        assert server.stop() == 0
+
+
+def run_serve(*options: str, redis_url: str | None = None) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if name not in ("REDIS_URL", "C2I_INSECURE_PUBLIC")}
     return subprocess.run(
         [sys.executable, "-m", "service.cli", "serve", *options],
         cwd=REPOSITORY,
-        env=clean,
+        env=clean | ({"REDIS_URL": redis_url} if redis_url else {}),
         capture_output=True,
         text=True,
         timeout=30,
@@ -181,6 +194,24 @@ def test_a_public_address_is_refused_as_long_as_there_are_no_keys(data: Path, ho
     assert result.returncode == 2
     assert "no API keys yet" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("url", "code", "said"),
+    [("redis://127.0.0.1:1", 3, "does not answer"), ("localhost:6379", 2, "redis://"), ("http://x", 2, "redis://")],
+)
+def test_a_redis_that_is_not_there_is_said_in_one_line(data: Path, url: str, code: int, said: str) -> None:
+    result = run_serve("--data", str(data), "--port", "0", "--workers", "0", redis_url=url)
+    assert result.returncode == code
+    assert said in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_data_folder_that_is_none_is_said_in_one_line() -> None:
+    result = run_serve("--data", "/etc/hostname", "--port", "0", "--workers", "0")
+    assert result.returncode == 3
+    assert "/etc/hostname" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_a_port_in_use_is_said_in_one_line(data: Path) -> None:

@@ -55,10 +55,25 @@ class Adapt(Protocol):
 
 
 def work(settings: Settings, redis_url: str, adapt: Adapt) -> None:
-    """Take jobs until a signal says to stop."""
+    """Take jobs until a signal says to stop; a Redis that goes away is waited for.
+
+    Raises:
+        Unavailable: Redis does not answer at the start.
+    """
     queue = JobQueue(connect(redis_url), settings.job_ttl)
     queue.check()
-    Worker(queue, ArtifactStore(settings.artifacts), settings, adapt).work(logging_level="WARNING")
+    store = ArtifactStore(settings.artifacts)
+    stopped = False
+    while not stopped:
+        worker = Worker(queue, store, settings, adapt)
+        try:
+            worker.work(logging_level="WARNING")
+        except StopRequested:  # between two rounds
+            return
+        except RedisError as error:
+            logger.warning("Redis does not answer: %s", error)
+            time.sleep(1)
+        stopped = worker.stopped
 
 
 class Worker(rq.Worker):
@@ -74,9 +89,24 @@ class Worker(rq.Worker):
         self._store = store
         self._settings = settings
         self._adapt = adapt
+        self._busy = False
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal ended the work."""
+        return bool(self._stop_requested)
 
     def execute_job(self, job: rq.job.Job, queue: rq.Queue) -> None:
         """Run one delivery to its end; Redis may go away meanwhile."""
+        self._busy = True
+        try:
+            self._execute(job, queue)
+        except RedisError as error:
+            logger.warning("cannot record the end of %s: %s; its lease lapses and it runs again", job.id, error)
+        finally:
+            self._busy = False
+
+    def _execute(self, job: rq.job.Job, queue: rq.Queue) -> None:
         job_id = job.args[0]
         try:
             attempt = self._queue.start(job_id)
@@ -95,8 +125,6 @@ class Worker(rq.Worker):
             code = self._watch(job_id, attempt)
             self._store.clear_workspace(job_id, attempt)
             self._settle(job_id, attempt, code)
-        except RedisError as error:
-            logger.warning("cannot record the end of %s: %s; its lease lapses and it runs again", job_id, error)
         finally:
             self._horse_pid = 0
 
@@ -144,7 +172,7 @@ class Worker(rq.Worker):
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """On SIGTERM: an idle worker ends at once, a busy one hands its job back first."""
         self._stop_requested = True
-        if not self.horse_pid:
+        if not self._busy:
             raise StopRequested
 
     def main_work_horse(self, job: rq.job.Job, queue: rq.Queue) -> None:

@@ -94,7 +94,7 @@ def _http_error(error: HTTPException) -> C2IError:
         case 404:
             return NotFound("no such route; /docs lists them all")
         case 405:
-            return MethodNotAllowed("this route has other methods; the `Allow` header lists them")
+            return MethodNotAllowed("this route has no such method; /docs lists them all")
         case 413:
             return PayloadTooLarge(f"the body is over {MAX_BODY_BYTES:,} bytes")
         case 415:
