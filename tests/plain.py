@@ -68,7 +68,8 @@ def log_probability(model: Any, prompt: Sequence[int], continuation: Sequence[in
     tokens = torch.tensor([[*prompt, *continuation]])
     logits = model(input_ids=tokens, use_cache=False).logits[0]
     predictions = logits[len(prompt) - 1 : -1].log_softmax(-1)
-    return predictions[torch.arange(len(continuation)), torch.tensor(continuation)].sum()
+    chosen: Tensor = predictions[torch.arange(len(continuation)), torch.tensor(continuation)]
+    return chosen.sum()
 
 
 def loss(model: Any, example: Encoded, objective: Objective) -> Tensor:
