@@ -209,6 +209,8 @@ def _interval(values: Array, seed: int) -> tuple[float, float]:
 
 def paired_p(change: Array, *, two_sided: bool) -> float:
     """p of the paired t-test on `change` (N,), one-sided for a fall below zero unless `two_sided`."""
-    if len(change) < 2 or np.ptp(change) == 0:
-        return 1.0 if not len(change) or change[0] >= 0 or two_sided else 0.0
+    if len(change) < 2:
+        return 1.0  # one example proves nothing
+    if np.ptp(change) == 0:
+        return 0.0 if change[0] < 0 or (two_sided and change[0] > 0) else 1.0
     return float(stats.ttest_1samp(change, 0.0, alternative="two-sided" if two_sided else "less").pvalue)
