@@ -17,6 +17,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -100,15 +101,18 @@ class SpectrumCache:
 
     def _write(self, path: Path, spectrum: Spectrum) -> None:
         payload = save({"S": spectrum.S.cpu(), spectrum.side: spectrum.basis.cpu()})
-        self._make_room(len(payload))
-        handle, name = tempfile.mkstemp(dir=self.folder, prefix=".writing-")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(payload).digest() + payload)
-            Path(name).replace(path)
-        except OSError:
-            # A full disk costs the cache, not the job.
-            Path(name).unlink(missing_ok=True)
+        if len(payload) + _DIGEST_BYTES > self.limit_bytes:
+            return
+        # A full disk or a folder that is gone costs the cache, not the job.
+        with suppress(OSError):
+            self._make_room(len(payload) + _DIGEST_BYTES)
+            handle, name = tempfile.mkstemp(dir=self.folder, prefix=".writing-")
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(hashlib.sha256(payload).digest() + payload)
+                Path(name).replace(path)
+            except OSError:
+                Path(name).unlink(missing_ok=True)
 
     def _make_room(self, needed: int) -> None:
         """Drop the least recently used files until `needed` bytes fit under the limit."""
@@ -130,7 +134,7 @@ class SpectrumCache:
 def _key(W: Tensor) -> str:
     digest = hashlib.sha256(FORMAT)
     digest.update(f"{W.dtype} {tuple(W.shape)}".encode())
-    digest.update(W.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    digest.update(W.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
