@@ -13,8 +13,9 @@ effects are per example.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -33,8 +34,13 @@ from workers.targets import Target
 # A pass is accepted if the paired, one-sided t-test on the selection losses gives a p below this, after it was
 # multiplied by the number of candidates that the best was chosen from (Bonferroni).
 SIGNIFICANCE = 0.05
+OUTCOME_FIELDS = ("loss", "exact", "predicted", "correct")
 # Sizes tried beyond the best so far before a pass ends: the loss is not always convex in the size.
 PATIENCE = 2
+# Candidates are first judged on every fourth example, if that leaves this many, and the best two on all.
+STRIDE = 4
+FEWEST_JUDGED = 24
+FINALISTS = 2
 # A pass that still lowered the loss by this fraction suggests that another would pay.
 STILL_FALLING = 0.02
 
@@ -57,6 +63,27 @@ class Track:
     fit: list[int]
     judge: list[int]
     plan: Plan = field(default_factory=Plan)
+
+
+@dataclass
+class Trial:
+    """One candidate of a pass."""
+
+    size: int
+    plans: list[Plan]
+    """For each judging track."""
+    outcome: Outcome
+    """NaN for examples that it was not judged on."""
+    seconds: float
+
+    @property
+    def complete(self) -> bool:
+        """Whether it was judged on all examples."""
+        return not np.isnan(self.outcome.loss).any()
+
+    def gain(self, current: Outcome) -> float:
+        """By how much its mean loss is lower than the current model's, on the examples that it was judged on."""
+        return float(np.nanmean(current.loss - self.outcome.loss))
 
 
 class OnStep(Protocol):
@@ -92,7 +119,7 @@ class Search:
     def run(self, passes: int, on_step: OnStep) -> None:
         """Up to `passes` passes; the first that is not accepted is the last."""
         started = time.perf_counter()
-        self.outcomes = [self._judge([track.plan for track in self.tracks])]
+        self.outcomes = [self._judge([track.plan for track in self.tracks], self.judged)]
         self.clock.searching += time.perf_counter() - started
         for number in range(1, passes + 1):
             report, outcome = self._one_pass(number, self.outcomes[-1], on_step)
@@ -105,44 +132,55 @@ class Search:
     def _one_pass(self, number: int, current: Outcome, on_step: OnStep) -> tuple[PassReport, Outcome]:
         began = time.perf_counter()
         rankings = self._rank(number, on_step)
-        loss = float(current.loss.mean())
-        candidates: list[Candidate] = []
-        best, best_n = current, 0
         started = time.perf_counter()
-        tried = sizes(rankings[-1], loss)
-        since_best = 0
-        for k, n in enumerate(tried):
-            on_step(Stage.SEARCHING, number, k / len(tried), f"pass {number}: trying without {n} components")
-            at = time.perf_counter()
-            outcome = self._judge(
-                [track.plan.union(r.first(n)) for track, r in zip(self.tracks, rankings, strict=False)]
-            )
-            candidates.append(_candidate(n, rankings[-1], outcome, loss, time.perf_counter() - at))
-            if outcome.loss.mean() < best.loss.mean():
-                best, best_n, since_best = outcome, n, 0
-            else:
-                since_best += 1
-                if since_best == PATIENCE:
-                    break
-        p = min(1.0, paired_p(best.loss - current.loss, two_sided=False) * len(candidates))
-        accepted = best_n > 0 and p < SIGNIFICANCE
-        if accepted:
-            for track, ranking in zip(self.all_tracks, rankings, strict=True):
-                track.plan = track.plan.union(ranking.first(best_n))
+        loss = float(current.loss.mean())
+        trials = self._try(rankings, current, sizes(rankings[-1], loss), partial(on_step, Stage.SEARCHING, number))
+        best = max(trials, key=lambda trial: (trial.complete, trial.gain(current)), default=None)
+        p = 1.0
+        if best is not None and best.complete and best.gain(current) > 0:
+            p = min(1.0, paired_p(best.outcome.loss - current.loss, two_sided=False) * len(trials))
+        accepted = best is not None and p < SIGNIFICANCE
+        chosen, outcome = (best.size, best.outcome) if best is not None and accepted else (0, current)
+        for track, ranking in zip(self.all_tracks, rankings, strict=True):
+            track.plan = track.plan.union(ranking.first(chosen))
+        fall = loss - float(outcome.loss.mean())
         self.clock.searching += time.perf_counter() - started
         report = PassReport(
             number=number,
             base_loss=loss,
-            candidates=candidates,
-            chosen=best_n if accepted else 0,
-            loss=float(best.loss.mean()) if accepted else loss,
+            candidates=[_candidate(trial, rankings[-1], current) for trial in trials],
+            chosen=chosen,
+            loss=float(outcome.loss.mean()),
             p=p,
             accepted=accepted,
-            reason=_reason(candidates, best_n, p),
-            still_falling=accepted and (loss - float(best.loss.mean())) > STILL_FALLING * loss,
+            reason=_reason(trials, chosen, p),
+            still_falling=fall > STILL_FALLING * loss,
             seconds=time.perf_counter() - began,
         )
-        return report, best
+        return report, outcome
+
+    def _try(
+        self, rankings: Sequence[Ranking], current: Outcome, grid: Sequence[int], on_trial: Callable[[float, str], None]
+    ) -> list[Trial]:
+        """Judge plans of growing size, first on a few of the examples, the finalists on all."""
+        stride = max(1, min(STRIDE, len(self.judged) // FEWEST_JUDGED))
+        few, rest = self.judged[::stride], [row for k, row in enumerate(self.judged) if k % stride]
+        trials: list[Trial] = []
+        for k, n in enumerate(grid):
+            on_trial(k / (len(grid) + FINALISTS), f"trying without {n} components")
+            plans = [track.plan.union(r.first(n)) for track, r in zip(self.tracks, rankings, strict=False)]
+            at = time.perf_counter()
+            trials.append(Trial(n, plans, self._judge(plans, few), time.perf_counter() - at))
+            best = max(range(len(trials)), key=lambda j: trials[j].gain(current))
+            if trials[best].gain(current) > 0 and len(trials) - 1 - best >= PATIENCE:
+                break
+        finalists = sorted(trials, key=lambda trial: -trial.gain(current))[:FINALISTS] if rest else []
+        for k, trial in enumerate(finalists):
+            on_trial((len(grid) + k) / (len(grid) + FINALISTS), f"judging {trial.size} components on all examples")
+            at = time.perf_counter()
+            trial.outcome = _merge(trial.outcome, self._judge(trial.plans, rest))
+            trial.seconds += time.perf_counter() - at
+        return trials
 
     def _rank(self, number: int, on_step: OnStep) -> list[Ranking]:
         """A ranking for each track, the result's last."""
@@ -172,41 +210,56 @@ class Search:
             self.clock.ranking += time.perf_counter() - at
         return rankings
 
-    def _judge(self, plans: Sequence[Plan]) -> Outcome:
-        """The judged examples, in order of their rows, each under the plan of the track that judges it."""
-        parts: list[Outcome] = []
-        rows: list[int] = []
-        for track, plan in zip(self.tracks, plans, strict=True):
-            with applied(self.subject.targets, self.subject.spectra, plan):
-                judged = [self.pool[r] for r in track.judge]
-                parts.append(evaluate(self.subject.model, judged, self.subject.objective, self.subject.layout))
-            rows += track.judge
-        order = np.argsort(rows)
-        return Outcome(
-            loss=np.concatenate([part.loss for part in parts])[order],
-            exact=np.concatenate([part.exact for part in parts])[order],
-            predicted=np.concatenate([part.predicted for part in parts])[order],
-            correct=np.concatenate([part.correct for part in parts])[order],
+    def _judge(self, plans: Sequence[Plan], rows: Collection[int]) -> Outcome:
+        """Some of the judged examples, each under the plan of the track that judges it; NaN for the others."""
+        N = len(self.judged)
+        at = {row: k for k, row in enumerate(self.judged)}
+        whole = Outcome(
+            loss=np.full(N, np.nan),
+            exact=np.full(N, np.nan),
+            predicted=np.zeros(N, dtype=np.int64),
+            correct=np.full(N, np.nan),
         )
+        for track, plan in zip(self.tracks, plans, strict=True):
+            mine = [row for row in track.judge if row in rows]
+            if not mine:
+                continue
+            with applied(self.subject.targets, self.subject.spectra, plan):
+                encoded = [self.pool[row] for row in mine]
+                part = evaluate(self.subject.model, encoded, self.subject.objective, self.subject.layout)
+            where = [at[row] for row in mine]
+            for field_name in OUTCOME_FIELDS:
+                getattr(whole, field_name)[where] = getattr(part, field_name)
+        return whole
 
 
-def _candidate(n: int, ranking: Ranking, outcome: Outcome, loss: float, seconds: float) -> Candidate:
-    closed = outcome.correct[~np.isnan(outcome.correct)]
+def _merge(first: Outcome, second: Outcome) -> Outcome:
+    """Two outcomes on different examples as one."""
+    missing = np.isnan(first.loss)
+    return Outcome(*(np.where(missing, getattr(second, f), getattr(first, f)) for f in OUTCOME_FIELDS))
+
+
+def _candidate(trial: Trial, ranking: Ranking, current: Outcome) -> Candidate:
+    judged = ~np.isnan(trial.outcome.loss)
+    correct = trial.outcome.correct[judged]
+    closed = correct[~np.isnan(correct)]
     return Candidate(
-        size=n,
-        predicted_loss=loss - float(ranking.predicted[n - 1]),
-        loss=float(outcome.loss.mean()),
+        size=trial.size,
+        examples=int(judged.sum()),
+        base_loss=float(current.loss[judged].mean()),
+        predicted_loss=float(current.loss[judged].mean()) - float(ranking.predicted[trial.size - 1]),
+        loss=float(trial.outcome.loss[judged].mean()),
         accuracy=float(closed.mean()) if closed.size else None,
-        exact_match=float(outcome.exact.mean()),
-        seconds=seconds,
+        exact_match=float(trial.outcome.exact[judged].mean()),
+        seconds=trial.seconds,
     )
 
 
-def _reason(candidates: Sequence[Candidate], best: int, p: float) -> str:
-    if not candidates:
+def _reason(trials: Sequence[Trial], chosen: int, p: float) -> str:
+    if not trials:
         return "no component has a harmful effect that stands out"
-    if not best:
+    if chosen:
+        return f"removing {chosen} components lowered the selection loss (p = {p:.2g})"
+    if p == 1.0:
         return "no candidate lowered the selection loss"
-    if p >= SIGNIFICANCE:
-        return f"the best candidate's fall in selection loss is not significant (p = {p:.3f})"
-    return f"removing {best} lowered the selection loss (p = {p:.2g})"
+    return f"the best candidate's fall in selection loss is not significant (p = {p:.3f})"
