@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from service.embedded import EmbeddedRedis
+from service.settings import Settings
 from tests import live, tiny
+from workers.catalogue import SMOLLM2, add_model
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +26,12 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         return built[key]
 
     return model
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of a real model, in the project's own data folder: downloaded once, then there."""
+    return add_model(SMOLLM2, Settings.load().data)
 
 
 @pytest.fixture

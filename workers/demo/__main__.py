@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -88,7 +88,12 @@ def run(data: Path, passes: int, seed: int) -> None:
         spec = JobSpec(model=SMOLLM2, examples=task.examples, test=task.test, passes=passes, seed=seed)
         job = client.submit(spec.model_dump(mode="json"))
         console.print(f"POST {url}/v1/jobs: {job.id} is {job.status.value}")
-        _run_cli("watch", job.id, "--url", url)
+        try:
+            _run_cli("watch", job.id, "--url", url)
+        except BaseException:
+            # Else it would still be in the queue, before the next demo's.
+            _cancel(client, job.id)
+            raise
         report = client.report(job.id)
 
         say("4. What it gained, on the examples that it had not seen")
@@ -163,6 +168,12 @@ def _run_cli(*arguments: str) -> None:
         raise Unavailable(f"`c2i {arguments[0]}` did not end in {LONGEST_STEP_SECONDS:.0f} s") from None
     if result.returncode != 0:
         raise InternalError(f"`c2i {arguments[0]}` ended with {result.returncode}; the reason stands above")
+
+
+def _cancel(client: Client, job_id: str) -> None:
+    # A job that has ended, or a service that died, is no second error.
+    with suppress(C2IError):
+        client.cancel(job_id)
 
 
 def results(report: Report) -> Table:
