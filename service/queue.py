@@ -38,7 +38,7 @@ from service.jobs import Job, JobError, JobEvent, JobResult, JobSpec, JobStatus,
 
 QUEUE = "c2i"
 JOB_ID = re.compile(r"job_[0-9a-z]{20}")
-# A worker renews its lease every second; a machine that swaps may miss a few.
+# A worker renews its lease every two seconds; a machine that swaps may miss a few.
 LEASE_SECONDS = 12
 # A job whose process was killed is tried three times in all.
 MAX_CRASHES = 3
@@ -233,13 +233,14 @@ class JobQueue:
         self.redis.lrem(self.deliveries.intermediate_queue_key, 0, delivery)
         self.redis.delete(f"rq:job:{delivery}")
 
-    def keep(self, job_id: str, attempt: int) -> JobStatus | None:
-        """Renew the lease of an attempt; the job's status, None where the attempt is not the current one."""
-        with self.redis.pipeline() as pipe:
-            pipe.set(_lease_key(job_id, attempt), "", ex=LEASE_SECONDS)
-            pipe.hmget(_job_key(job_id), "status", "attempt")
-            _, (status, current) = pipe.execute()
-        return JobStatus(status.decode()) if status and int(current) == attempt else None
+    def renew_lease(self, job_id: str, attempt: int) -> None:
+        """Say that the attempt's worker lives."""
+        self.redis.set(_lease_key(job_id, attempt), "", ex=LEASE_SECONDS)
+
+    def attempt_status(self, job_id: str, attempt: int) -> JobStatus | None:
+        """The job's status, None where the attempt is not the current one."""
+        status, current = cast(list[bytes | None], self.redis.hmget(_job_key(job_id), "status", "attempt"))
+        return JobStatus(status.decode()) if status and current and int(current) == attempt else None
 
     def progress(self, job_id: str, attempt: int, progress: Progress, message: str) -> None:
         """Record where the attempt is.

@@ -20,6 +20,7 @@ from workers.spectrum import Spectrum, decompose
 from workers.targets import Target, find_targets
 
 ARCHITECTURES = list(tiny.ARCHITECTURES)
+MIXTURES = list(tiny.MIXTURES)
 
 # Labels of one and of several tokens, two that share their first tokens, one that continues another; prompts of
 # different lengths; open answers among closed ones.
@@ -30,14 +31,19 @@ EXAMPLES = [
     Example(prompt="red green blue red green blue red", completion=" yes no", choices=LABELS[::-1]),
     Example(prompt="Which", completion=" city", choices=[" city", " sentence"]),
     Example(prompt="The capital of France", completion=" is Paris."),
-    Example(prompt="Answer:", completion=" positive", choices=[" position", " positive"]),
+    Example(prompt="Answer:", completion=" positive", choices=[" position", " positive", " yes no"]),
 ]
 
 
 @lru_cache(maxsize=64)
 def loaded(folder: Path) -> Checkpoint:
     """A model in memory, shared by all tests of the process: who changes it puts it back."""
-    return load(folder)
+    checkpoint = load(folder)
+    if checkpoint.dtype == torch.float64:
+        # Experts are fused into a product that torch has in no double precision; one by one they are the same.
+        model: Any = checkpoint.model
+        model.set_experts_implementation("eager")
+    return checkpoint
 
 
 @lru_cache(maxsize=64)
@@ -57,10 +63,15 @@ def row_length(example: Encoded) -> int:
     return len(example.prompt) + sum(map(len, example.continuations))
 
 
+def window(folder: Path) -> int:
+    """How many tokens back the model sees in some layer."""
+    config: Any = loaded(folder).model.config
+    return int(getattr(config, "sliding_window", None) or getattr(config, "window_size", None) or tiny.CONTEXT)
+
+
 def within_window(folder: Path, examples: Sequence[Encoded]) -> list[Encoded]:
     """The examples that a model with a sliding window can take in packed rows."""
-    window = getattr(loaded(folder).model.config, "sliding_window", None) or tiny.CONTEXT
-    return [example for example in examples if row_length(example) <= window]
+    return [example for example in examples if row_length(example) <= window(folder)]
 
 
 def log_probability(model: Any, prompt: Sequence[int], continuation: Sequence[int]) -> Tensor:

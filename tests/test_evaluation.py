@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from scipy import stats
 
 from service.jobs import Example, Objective
 from tests import plain
-from tests.plain import ARCHITECTURES, LABELS, encoded, loaded, within_window
+from tests.plain import ARCHITECTURES, encoded, loaded, within_window
 from workers.evaluation import (
     Array,
     Outcome,
@@ -67,16 +68,17 @@ def test_every_choice_has_the_log_probability_it_has_alone(
         assert found == pytest.approx(expected, abs=2e-5)
 
 
-@pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "mistral"])
+WINDOWED = ["gemma2", "gemma3", "mistral", "gpt_neo"]
+LONG = Example(prompt="red green blue " * 8 + "Answer:", completion=" positive", choices=[" positive", " yes no"])
+
+
+@pytest.mark.parametrize("architecture", WINDOWED)
 def test_rows_longer_than_a_sliding_window_are_laid_out_flat_and_are_then_right(
     architecture: str, tiny_models: TinyModels
 ) -> None:
     folder = tiny_models(architecture)
-    window = loaded(folder).model.config.sliding_window
-    examples = encoded(
-        folder, [Example(prompt="red green blue " * 8 + "Answer:", completion=LABELS[1], choices=LABELS)]
-    )
-    assert len(examples[0].prompt) > window
+    examples = encoded(folder, [LONG])
+    assert len(examples[0].prompt) > plain.window(folder)
     assert not honours_tree_mask(loaded(folder).model, examples)
     expected = plain_table(folder, examples)[0]
     assert table(folder, examples, FLAT)[0] == pytest.approx(expected, abs=2e-5)
@@ -84,12 +86,24 @@ def test_rows_longer_than_a_sliding_window_are_laid_out_flat_and_are_then_right(
     assert table(folder, examples, PACKED)[0] != pytest.approx(expected, abs=1e-3)
 
 
-def test_one_row_over_the_window_makes_all_rows_flat(tiny_models: TinyModels) -> None:
-    folder = tiny_models("mistral")
+@pytest.mark.parametrize("architecture", WINDOWED)
+def test_one_row_over_the_window_makes_all_rows_flat(architecture: str, tiny_models: TinyModels) -> None:
+    folder = tiny_models(architecture)
     short = within_window(folder, encoded(folder))
-    long = encoded(folder, [Example(prompt="red green blue " * 8, completion="red")])
     assert honours_tree_mask(loaded(folder).model, short)
-    assert not honours_tree_mask(loaded(folder).model, [*short, *long])
+    assert max(len(e.continuations) for e in short) > 2  # so the long one is not the one with the most branches
+    assert not honours_tree_mask(loaded(folder).model, [*short, *encoded(folder, [LONG])])
+
+
+def test_a_window_of_zero_is_none(tiny_models: TinyModels) -> None:
+    folder = tiny_models("qwen2_moe")
+    model = loaded(folder).model
+    config: Any = model.config
+    assert config.sliding_window == 0
+    assert honours_tree_mask(model, encoded(folder))
+    examples = encoded(folder)
+    for found, expected in zip(table(folder, examples, PACKED), plain_table(folder, examples), strict=True):
+        assert found == pytest.approx(expected, abs=2e-5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -86,7 +86,7 @@ def test_a_stale_attempt_can_write_nothing(queue: JobQueue) -> None:
     for write in late:
         with pytest.raises(Conflict):
             write()
-    assert queue.keep(job_id, first) is None
+    assert queue.attempt_status(job_id, first) is None
     assert queue.get(job_id) == before
 
 

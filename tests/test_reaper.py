@@ -22,7 +22,7 @@ def test_a_job_is_recovered_when_it_is_lost_at_two_looks(redis: EmbeddedRedis, t
     queue.redis.delete(f"c2i:job:{job_id}:lease:1")
     reaper.look()
     assert queue.status(job_id) is JobStatus.RUNNING
-    queue.keep(job_id, attempt)  # its worker was only slow
+    queue.renew_lease(job_id, attempt)  # its worker was only slow
     reaper.look()
     queue.redis.delete(f"c2i:job:{job_id}:lease:1")
     reaper.look()

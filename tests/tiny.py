@@ -87,9 +87,31 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "max_position_embeddings": CONTEXT,
         },
     ),
+    # Every second layer sees a window of 16, which its config does not call a sliding window.
+    "gpt_neo": (
+        "gpt_neo",
+        {
+            "hidden_size": HIDDEN,
+            "intermediate_size": 64,
+            "num_layers": LAYERS,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 16,
+            "max_position_embeddings": CONTEXT,
+        },
+    ),
     "phi": ("phi", _rotary(num_key_value_heads=4)),
     "phi3": ("phi3", _rotary()),
     "mistral": ("mistral", _rotary(sliding_window=16)),
+}
+
+# Mixtures of experts: most of their weights are no matrices of a module, and tokens are regrouped.
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", _rotary(num_local_experts=4, num_experts_per_tok=2)),
+    "qwen2_moe": (
+        "qwen2_moe",
+        _rotary(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=24),
+    ),
 }
 
 
@@ -110,7 +132,7 @@ def build(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     made = tokenizer()
-    model_type, keys = ARCHITECTURES[architecture]
+    model_type, keys = (ARCHITECTURES | MIXTURES)[architecture]
     config = AutoConfig.for_model(
         model_type,
         vocab_size=len(made) + 8,  # as real models have: more rows than tokens, and Qwen's tokenizer adds one

@@ -38,8 +38,10 @@ from workers.progress import OnProgress
 logger = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
-# How often the parent looks whether its job was cancelled, and renews the lease.
+# How often the parent looks whether its job was cancelled.
 LOOK_SECONDS = 0.25
+# How often it renews the lease: a write, which Redis syncs to disk.
+RENEW_SECONDS = 2.0
 # Progress within a stage is written no more often.
 PROGRESS_SECONDS = 0.5
 # How long a result waits for a Redis that restarts.
@@ -90,6 +92,7 @@ class Worker(rq.Worker):
         self._settings = settings
         self._adapt = adapt
         self._busy = False
+        self._renewed = 0.0
 
     @property
     def stopped(self) -> bool:
@@ -146,15 +149,19 @@ class Worker(rq.Worker):
 
     def _is_to_stop(self, job_id: str, attempt: int) -> bool:
         try:
-            self.heartbeat()
-            return self._queue.keep(job_id, attempt) in (None, JobStatus.CANCELLING) or self._stop_requested
+            if time.monotonic() - self._renewed > RENEW_SECONDS:
+                self._queue.renew_lease(job_id, attempt)
+                self.heartbeat()
+                self._renewed = time.monotonic()
+            status = self._queue.attempt_status(job_id, attempt)
         except RedisError as error:
             logger.warning("Redis does not answer while %s runs: %s", job_id, error)
             return self._stop_requested
+        return status in (None, JobStatus.CANCELLING) or self._stop_requested
 
     def _settle(self, job_id: str, attempt: int, code: int) -> None:
         """Record what the child could not record itself."""
-        status = self._queue.keep(job_id, attempt)
+        status = self._queue.attempt_status(job_id, attempt)
         with contextlib.suppress(Conflict, JobNotFound):
             if status is JobStatus.CANCELLING:
                 self._queue.cancelled(job_id, attempt)
