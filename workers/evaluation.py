@@ -130,22 +130,34 @@ def evaluate(model: nn.Module, encoded: Sequence[Encoded], objective: Objective,
 
 @torch.no_grad()
 def honours_tree_mask(model: nn.Module, encoded: Sequence[Encoded]) -> bool:
-    """Whether packed rows give what single rows give, tried on the example with the most branches.
+    """Whether packed rows give what single rows give, tried on the example with the most branches and on the one
+    with the longest row.
 
     A model with positions of its own making, with a recurrence, or with a window shorter than the rows does not.
     """
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
-    window = getattr(getattr(model, "config", None), "sliding_window", None)
-    if window is not None and any(len(e.prompt) + sum(map(len, e.continuations)) > window for e in encoded):
+    config: Any = getattr(model, "config", None)
+    window = getattr(config.get_text_config(), "sliding_window", None) if config is not None else None
+    if window and any(_row_length(example) > window for example in encoded):  # some say 0 for none
         return False
-    tried = max(encoded, key=lambda e: sum(len(c) - 1 for c in e.continuations))
+    branchiest = max(encoded, key=lambda e: sum(len(c) - 1 for c in e.continuations))
+    longest = max((e for e in encoded if e.closed), key=_row_length, default=branchiest)
     device = next(model.parameters()).device
-    packed, single = (
-        score(model, next(batches([tried], Layout(packed=form))).to(device)).log_probabilities for form in (True, False)
-    )
-    tolerance = TREE_TOLERANCE if packed.dtype == torch.float64 or _wide(model) else 0.25
-    return bool((packed - single).abs().max() <= tolerance)
+    tolerance = TREE_TOLERANCE if _wide(model) else 0.25
+    for tried in (branchiest, longest):
+        packed, single = (
+            score(model, next(batches([tried], Layout(packed=form))).to(device)).log_probabilities
+            for form in (True, False)
+        )
+        if not bool((packed - single).abs().max() <= tolerance):
+            return False
+    return True
+
+
+def _row_length(example: Encoded) -> int:
+    """Tokens of the example's packed row, or a few more."""
+    return len(example.prompt) + sum(map(len, example.continuations))
 
 
 def _wide(model: nn.Module) -> bool:
