@@ -99,6 +99,9 @@ def rank(effects: Mapping[str, Tensor], rows: Sequence[int] | None = None, remov
         owners.append(torch.full_like(index[-1], m))
         ts.append(t[keep].cpu())
         means.append(used.double().mean(0)[keep].cpu())
+    if not modules:
+        none = torch.zeros(0, dtype=torch.float64)
+        return Ranking((), none.long(), none.long(), none, none)
     t, order = torch.cat(ts).sort(descending=True, stable=True)
     return Ranking(modules, torch.cat(owners)[order], torch.cat(index)[order], t, torch.cat(means)[order].cumsum(0))
 

@@ -56,7 +56,7 @@ def find_targets(model: nn.Module) -> tuple[list[Target], list[SkippedModule]]:
     """All targets in the model's order, and what had to be skipped.
 
     Raises:
-        UnusableModel: if there is not a single target.
+        UnusableModel: if there is not a single target, or a weight of the model is not finite.
     """
     prefix, blocks = decoder_blocks(model)
     uses = Counter(id(p) for _, m in model.named_modules() for p in m.parameters(recurse=False))
@@ -80,7 +80,7 @@ def find_targets(model: nn.Module) -> tuple[list[Target], list[SkippedModule]]:
             skipped.append(SkippedModule(module=name, reason=reason))
     if not targets:
         raise UnusableModel("no Linear or Conv1D weight was found in the model's blocks", param="model")
-    for target in targets:
-        if not bool(torch.isfinite(target.weight).all()):
-            raise UnusableModel(f"{target.name} holds NaN or infinite weights", param="model")
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach()).all()):
+            raise UnusableModel(f"{name} holds NaN or infinite weights", param="model")
     return targets, skipped
