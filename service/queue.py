@@ -110,13 +110,21 @@ class JobQueue:
             "metadata": json.dumps(spec.metadata),
         }
         with self.redis.pipeline() as pipe:
-            pipe.multi()
-            pipe.hset(_job_key(job_id), mapping=cast(Any, record))
-            pipe.zadd("c2i:jobs", {job_id: 0})
-            pipe.sadd("c2i:active", job_id)
-            self._deliver(record, pipe)
-            self._add_event(record, pipe, "status", "queued")
-            pipe.execute()
+            while True:
+                try:
+                    pipe.watch(_job_key(job_id))
+                    if pipe.exists(_job_key(job_id)):
+                        break  # by a try whose answer was lost
+                    pipe.multi()
+                    pipe.hset(_job_key(job_id), mapping=cast(Any, record))
+                    pipe.zadd("c2i:jobs", {job_id: 0})
+                    pipe.sadd("c2i:active", job_id)
+                    self._deliver(record, pipe)
+                    self._add_event(record, pipe, "status", "queued")
+                    pipe.execute()
+                except WatchError:
+                    continue
+                break
         return self.get(job_id)
 
     def get(self, job_id: str) -> Job:
@@ -257,9 +265,11 @@ class JobQueue:
         self._change(job_id, change)
 
     def succeed(self, job_id: str, attempt: int, result: JobResult) -> None:
-        """End with a result. What the attempt published becomes visible by this."""
+        """End with a result. What the attempt published becomes visible by this; twice is as good as once."""
 
         def change(record: Record, pipe: Pipeline) -> None:
+            if record["status"] == JobStatus.SUCCEEDED and int(record["attempt"]) == attempt:
+                return  # by a try whose answer was lost
             _check_attempt(record, attempt, JobStatus.RUNNING)
             progress = Progress.model_validate_json(record["progress"]).model_copy(
                 update={"percent": 100.0, "eta_seconds": 0.0}

@@ -185,6 +185,10 @@ def test_what_has_ended_does_not_change(queue: JobQueue) -> None:
     job_id = create(queue)
     attempt = queue.start(job_id)
     queue.succeed(job_id, attempt, RESULT)
+    before = queue.get(job_id), queue.events(job_id)
+    queue.succeed(job_id, attempt, RESULT)  # a worker whose first answer was lost
+    queue.create(job_id, SPEC)  # an API whose first answer was lost
+    assert (queue.get(job_id), queue.events(job_id)) == before
     with pytest.raises(Conflict):
         queue.cancel(job_id)
     with pytest.raises(Conflict):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from service.embedded import EmbeddedRedis
+from service.embedded import EmbeddedRedis, find_server
 from tests.live import REPOSITORY, ServeProcess, WorkerProcess, spec, wait_until
 
 
@@ -111,24 +113,42 @@ def test_a_job_survives_the_death_of_everything_at_once(data: Path) -> None:
         assert server.stop() == 0
 
 
-def test_an_external_redis_is_used_and_its_state_survives_the_services_restart(data: Path, tmp_path: Path) -> None:
-    external = EmbeddedRedis(tmp_path / "elsewhere")
-    external.start()
-    worker = None
+@pytest.fixture
+def external_redis(tmp_path: Path) -> Iterator[str]:
+    """The URL of a Redis that somebody else started, on TCP and with a password."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--requirepass", "pass-word", "--dir", str(tmp_path)]
+    server = subprocess.Popen([find_server(), *options], stdout=subprocess.DEVNULL)
+    yield f"redis://:pass-word@127.0.0.1:{port}/3"
+    server.terminate()
+    server.wait(10)
+
+
+def test_an_external_redis_is_used_and_its_state_survives_the_services_restart(data: Path, external_redis: str) -> None:
+    server = ServeProcess(data, "--workers", "0", env={"REDIS_URL": external_redis})
+    job_id = submit(server)
+    assert server.children() == []
+    assert not (data / "redis").exists()
+    assert server.stop() == 0
+    server = ServeProcess(data, "--workers", "0", env={"REDIS_URL": external_redis})
+    worker = WorkerProcess(data, external_redis)
     try:
-        server = ServeProcess(data, "--workers", "0", env={"REDIS_URL": external.url})
-        job_id = submit(server)
-        assert server.children() == []
-        assert not (data / "redis").exists()
-        assert server.stop() == 0
-        server = ServeProcess(data, "--workers", "0", env={"REDIS_URL": external.url})
-        worker = WorkerProcess(data, external.url)
         await_status(server, job_id, "succeeded")
-        assert server.stop() == 0
     finally:
-        if worker:
-            worker.kill()
-        external.stop()
+        worker.kill()
+        assert server.stop() == 0
+
+
+def test_the_password_of_redis_is_in_no_argument(data: Path, external_redis: str) -> None:
+    server = ServeProcess(data, env={"REDIS_URL": external_redis})
+    try:
+        (worker,) = wait_until(server.children, 10, "a worker runs")
+        assert not any("pass-word" in argument for argument in worker.cmdline())
+        assert worker.environ()["REDIS_URL"] == external_redis
+    finally:
+        assert server.stop() == 0
 
 
 def test_when_redis_goes_away_requests_are_503_and_come_back(data: Path, tmp_path: Path) -> None:
@@ -148,17 +168,6 @@ def test_when_redis_goes_away_requests_are_503_and_come_back(data: Path, tmp_pat
     finally:
         assert server.stop() == 0
         external.stop()
-
-
-def test_the_password_of_redis_is_in_no_argument(data: Path, tmp_path: Path) -> None:
-    server = ServeProcess(data, "--workers", "1")
-    try:
-        wait_until(lambda: len(server.children()) == 2, 10, "Redis and a worker run")
-        worker = next(child for child in server.children() if "redis" not in child.name())
-        assert not any("unix:" in argument for argument in worker.cmdline())
-        assert worker.environ()["REDIS_URL"].startswith("unix://")
-    finally:
-        assert server.stop() == 0
 
 
 def test_answers_do_not_wait_for_an_acknowledgement(data: Path) -> None:

@@ -11,7 +11,6 @@ cancelled, and the parent's lease on the job lapses when the parent is killed.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import select
@@ -31,13 +30,13 @@ from service import models
 from service.artifacts import ArtifactStore, disk_is_full
 from service.errors import C2IError, Conflict, InternalError, JobNotFound, OutOfMemory, Unavailable
 from service.jobs import JobSpec, JobStatus, Progress, Report, Stage
+from service.processes import die_with_parent
 from service.queue import JobQueue, connect
 from service.settings import Settings
 from workers.progress import OnProgress
 
 logger = logging.getLogger(__name__)
 
-PR_SET_PDEATHSIG = 1
 # How often the parent looks whether its job was cancelled.
 LOOK_SECONDS = 0.25
 # How often it renews the lease: a write, which Redis syncs to disk.
@@ -291,10 +290,3 @@ def describe_exit(code: int) -> str:
     if code >= 0:
         return f"its process ended with code {code}"
     return f"its process was killed by {signal.Signals(-code).name}"
-
-
-def die_with_parent(parent: int) -> None:
-    """Be killed when the parent ends; exit where it has ended already. The same is in `service.processes`."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)
