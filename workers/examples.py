@@ -17,6 +17,7 @@ from torch import Tensor
 
 from service.errors import InvalidInput
 from service.jobs import Example, PromptFormat
+from service.models import too_long
 
 
 class Tokenizer(Protocol):
@@ -102,10 +103,7 @@ def encode(
         labels = tuple(example.choices or [example.completion])
         one = Encoded(context_tokens, tails, gold, labels)
         if context is not None and one.length > context:
-            raise InvalidInput(
-                f"{one.length:,} tokens with its longest completion; the model's context is {context:,}",
-                param=f"{name}[{i}].prompt",
-            )
+            raise too_long(f"{name}[{i}]", one.length, context)
         encoded.append(one)
     return encoded
 
