@@ -27,6 +27,7 @@ from service.errors import InternalError, UnusableModel
 from service.models import weight_files
 from workers.evaluation import answer_logits
 from workers.examples import Batch, Tokenizer
+from workers.memory import is_out_of_memory
 from workers.pruning import lora_factors, pruned
 from workers.ranking import Plan
 from workers.spectrum import Spectrum
@@ -67,6 +68,8 @@ def load_model(folder: Path) -> nn.Module:
             output_loading_info=True,
         )
     except (ValueError, OSError, KeyError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UnusableModel(
             f"transformers cannot load this model as a causal language model ({type(error).__name__})", param="model"
         ) from error

@@ -134,7 +134,7 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 # --- batches ----------------------------------------------------------------------------------------------------
 
 # Tokens of one forward pass, padding included. On two CPU cores larger batches are no faster; on a GPU a few are.
-TOKEN_BUDGET = 4096
+TOKEN_BUDGET = 2048
 # Elements of one pass's logits, 256 MB of float32: with a large vocabulary these, not the tokens, fill memory.
 LOGIT_BUDGET = 2**26
 

@@ -33,6 +33,7 @@ from service.jobs import JobSpec, JobStatus, Progress, Report, Stage
 from service.processes import die_with_parent
 from service.queue import JobQueue, connect
 from service.settings import Settings
+from workers.memory import is_out_of_memory
 from workers.progress import OnProgress
 
 logger = logging.getLogger(__name__)
@@ -274,15 +275,6 @@ def explain(error: Exception) -> C2IError:
     if disk_is_full(error):
         return Unavailable("the server's disk is full")
     return InternalError("an internal error in the worker; its log has the details under the job's ID")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Python's, CUDA's, and what torch raises where the processor's memory ends. Told by name: no import of torch."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-    )
 
 
 def describe_exit(code: int) -> str:
