@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from service.embedded import EmbeddedRedis
 from service.settings import Settings
 from tests import live, tiny
+
+if TYPE_CHECKING:
+    from tests.planted import Planted
 from workers.catalogue import SMOLLM2, add_model
 
 
@@ -32,6 +36,14 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 def smollm2() -> Path:
     """The folder of a real model, in the project's own data folder: downloaded once, then there."""
     return add_model(SMOLLM2, Settings.load().data)
+
+
+@pytest.fixture(scope="session")
+def planted(tiny_models: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    """A model that a task is known to improve, and by what (`tests.planted`)."""
+    from tests.planted import plant
+
+    return plant(tiny_models("qwen2"), tmp_path_factory.mktemp("planted") / "qwen2")
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def nothing(targets: Sequence[Target]) -> Plan:
 
 def tensors(folder: Path) -> dict[str, tuple[str, Tensor]]:
     """Every tensor of a checkpoint with its file, in the file's order."""
-    found = {}
+    found: dict[str, tuple[str, Tensor]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as opened:
             found |= {key: (path.name, opened.get_tensor(key)) for key in opened.keys()}  # noqa: SIM118

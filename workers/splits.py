@@ -13,7 +13,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from service.jobs import SplitSizes
+from service.errors import InvalidInput
+from service.jobs import MIN_EXAMPLES, SplitSizes
 from workers.examples import Encoded
 from workers.search import Track
 
@@ -42,13 +43,22 @@ def divide(
     test: Sequence[Encoded] | None,
     seed: int,
 ) -> Splits:
-    """Give every example its use. Exact duplicates within a list are dropped first: in two splits they would prove
-    nothing, and in one they would count twice."""
+    """Give every example its use. Duplicates within a list are dropped first, also those whose choices stand in
+    another order: in two splits they would prove nothing, and in one they would count twice.
+
+    Raises:
+        InvalidInput: if too few different examples are left.
+    """
     given = len(examples) + len(validation or ()) + len(test or ())
-    examples = list(dict.fromkeys(examples))
-    validation = None if validation is None else list(dict.fromkeys(validation))
-    test = None if test is None else list(dict.fromkeys(test))
+    examples = _different(examples)
+    validation = None if validation is None else _different(validation)
+    test = None if test is None else _different(test)
     dropped = given - len(examples) - len(validation or ()) - len(test or ())
+    if len(examples) < MIN_EXAMPLES:
+        raise InvalidInput(
+            f"at least {MIN_EXAMPLES} examples are needed; there are {len(examples)} different ones",
+            param="examples",
+        )
 
     if validation is None and len(examples) >= CROSS_FIT_BELOW:
         if test is None:
@@ -79,6 +89,13 @@ def divide(
         cross_validated=not test,
     )
     return Splits(list(examples), tracks, Track(list(range(n)), []), list(test or ()), sizes)
+
+
+def _different(items: Sequence[Encoded]) -> list[Encoded]:
+    first: dict[object, Encoded] = {}
+    for item in items:
+        first.setdefault((item.prompt, item.continuations[item.gold], frozenset(item.continuations)), item)
+    return list(first.values())
 
 
 def _split(items: Sequence[Encoded], fractions: Sequence[float], seed: int) -> list[list[Encoded]]:
