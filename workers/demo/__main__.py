@@ -42,7 +42,8 @@ LONGEST_STEP_SECONDS = 1_800.0
 COMPLETED = 40
 SHOWN = 3
 
-console = Console(highlight=False)
+# Paths and URLs stay whole, to be copied.
+console = Console(highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -97,7 +98,7 @@ def run(data: Path, passes: int, seed: int) -> None:
         report = client.report(job.id)
 
         say("4. What it gained, on the examples that it had not seen")
-        console.print(results(report))
+        console.print(results(report), soft_wrap=False)
         console.print(report.verdict)
 
         say("5. The adapter")
@@ -179,24 +180,23 @@ def _cancel(client: Client, job_id: str) -> None:
 def results(report: Report) -> Table:
     """Base, after one pass, after all: exact match and loss with the interval of their difference to the base."""
     accepted = sum(one.accepted for one in report.passes)
-    table = Table("", "exact match", "difference, 95 %", "loss", "difference, 95 %", box=None, pad_edge=False)
-    rows: list[tuple[str, Metrics | None, list[Difference]]] = [
+    columns: list[tuple[str, Metrics | None, list[Difference]]] = [
         ("base", report.base, []),
         ("after one pass", report.after_first_pass, report.first_pass_differences),
         (f"after all {accepted}", report.adapted, report.differences),
     ]
-    for name, metrics, differences in rows:
-        if metrics is not None:
-            exact, loss = interval(differences, "exact_match"), interval(differences, "loss")
-            table.add_row(name, f"{metrics.exact_match:.3f}", exact, f"{metrics.loss:.3f}", loss)
+    table = Table("", *(name for name, _, _ in columns), box=None, pad_edge=False)
+    for metric, label in (("exact_match", "exact match"), ("loss", "loss")):
+        table.add_row(label, *(f"{getattr(metrics, metric):.3f}" if metrics else "" for _, metrics, _ in columns))
+        table.add_row("  difference, 95 %", *(interval(differences, metric) for _, _, differences in columns))
     return table
 
 
 def interval(differences: list[Difference], metric: str) -> str:
-    """`+0.167 (+0.110 to +0.223)`, empty where the metric was not compared."""
+    """`+0.167 [+0.110, +0.223]`, empty where the metric was not compared."""
     for one in differences:
         if one.metric == metric:
-            return f"{one.value:+.3f} ({one.low:+.3f} to {one.high:+.3f})"
+            return f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
     return ""
 
 
