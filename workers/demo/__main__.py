@@ -39,7 +39,7 @@ STOP_SECONDS = 20.0
 # Ten times what it takes on two cores: only where no worker can run does it take longer.
 LONGEST_STEP_SECONDS = 1_800.0
 # Of the test's first prompts so many are completed before and after; the first three that differ are shown.
-COMPLETED = 40
+COMPLETED = 12
 SHOWN = 3
 
 # Paths and URLs stay whole, to be copied.
