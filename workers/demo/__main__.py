@@ -38,8 +38,8 @@ START_SECONDS = 60.0
 STOP_SECONDS = 20.0
 # Ten times what it takes on two cores: only where no worker can run does it take longer.
 LONGEST_STEP_SECONDS = 1_800.0
-# Of the test's first prompts so many are completed before and after; the first three that differ are shown.
-COMPLETED = 12
+# Of the test's first prompts so many are completed before and after; three that came right are shown.
+COMPLETED = 60
 SHOWN = 3
 
 # Paths and URLs stay whole, to be copied.
@@ -201,7 +201,7 @@ def interval(differences: list[Difference], metric: str) -> str:
 
 
 def show_completions(model_folder: Path, adapter_folder: Path, task: Task) -> None:
-    """Complete the test's first prompts in a fresh process and print three whose completions differ.
+    """Complete the test's first prompts in a fresh process; count what is right, print three that came right.
 
     Raises:
         InternalError: the process fails, or the adapter changes nothing.
@@ -218,18 +218,21 @@ def show_completions(model_folder: Path, adapter_folder: Path, task: Task) -> No
         lines = result.stderr.strip().splitlines()[-1:] or ["no reason given"]
         raise InternalError(f"the adapter could not be used in a fresh process: {lines[0]}")
     completions = json.loads(result.stdout)
-    changed = [
-        (example, before, after)
-        for example, (_, before, after) in zip(examples, completions, strict=True)
-        if before != after
-    ]
-    if not changed:
+    rows = [(example, before, after) for example, (_, before, after) in zip(examples, completions, strict=True)]
+    if all(before == after for _, before, after in rows):
         raise InternalError("with the adapter the model completes every prompt as without it")
-    console.print(f"The adapter changes {len(changed)} of the test's first {len(examples)} completions. The first:")
-    for example, before, after in changed[:SHOWN]:
+    right_before = [before.startswith(example.completion) for example, before, _ in rows]
+    right_after = [after.startswith(example.completion) for example, _, after in rows]
+    came_right = [row for row, was, now in zip(rows, right_before, right_after, strict=True) if now and not was]
+    went_wrong = sum(was and not now for was, now in zip(right_before, right_after, strict=True))
+    console.print(
+        f"Of the test's first {len(rows)} prompts {sum(right_before)} were right before and {sum(right_after)} are "
+        f"after: {len(came_right)} came right, {went_wrong} went wrong. The first that came right:"
+    )
+    for example, before, after in came_right[:SHOWN]:
         console.print(f"\n{example.prompt}", style="dim", markup=False)
         console.print(f"  before: {before!r}", markup=False)
-        console.print(f"  after:  {after!r}   (right is {example.completion!r})", markup=False)
+        console.print(f"  after:  {after!r}", markup=False)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,10 @@ NEW_TOKENS = 8
 
 @torch.no_grad()
 def complete(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
-    """Greedy completions, one at a time: without padding they are what any other program would get."""
-    completions = []
-    for prompt in prompts:
-        tokens = tokenizer(prompt, return_tensors="pt")
-        output = model.generate(**tokens, max_new_tokens=NEW_TOKENS, do_sample=False)
-        completions.append(tokenizer.decode(output[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))
-    return completions
+    """Greedy completions, all prompts in one batch."""
+    tokens = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+    output = model.generate(**tokens, max_new_tokens=NEW_TOKENS, do_sample=False)
+    return list(tokenizer.batch_decode(output[:, tokens["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 def main(base_folder: str, adapter_folder: str) -> None:
