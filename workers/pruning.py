@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from workers.ranking import Plan
 from workers.spectrum import Spectrum
@@ -22,26 +23,28 @@ def applied(targets: Sequence[Target], spectra: Mapping[str, Spectrum], plan: Pl
     """The model with the plan's components removed, for the length of the context. Contexts do not nest: a plan
     is meant for the base weights.
 
-    Memory: a copy of each weight that the plan touches.
+    The base weights are laid aside, not overwritten: undoing costs nothing. Memory: a second tensor for each weight
+    that the plan touches.
     """
-    originals: list[tuple[Tensor, Tensor]] = []
+    laid_aside: list[tuple[nn.Parameter, Tensor]] = []
     try:
         for target in targets:
             components = plan.components.get(target.name)
             if components:
-                weight = target.weight
-                originals.append((weight, weight.clone()))
-                weight.copy_(pruned(weight, spectra[target.name], components))
+                parameter = target.module.get_parameter("weight")
+                new = pruned(target.weight, spectra[target.name], components)
+                laid_aside.append((parameter, parameter.data))
+                parameter.data = new.T.contiguous() if target.transposed else new
         yield
     finally:
-        for weight, original in originals:
-            weight.copy_(original)
+        for parameter, base in laid_aside:
+            parameter.data = base
 
 
 def pruned(W: Tensor, spectrum: Spectrum, components: Sequence[int]) -> Tensor:
     """W (out, in) without the components, in W's dtype; the difference is taken in float32 or wider."""
     B, A = spectrum.factors(W, components)
-    return (W.to(B.dtype) - B @ A).to(W.dtype)
+    return torch.addmm(W.to(B.dtype), B, A, alpha=-1).to(W.dtype)
 
 
 def lora_factors(W: Tensor, spectrum: Spectrum, components: Sequence[int]) -> tuple[Tensor, Tensor]:
