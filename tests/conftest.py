@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,18 +44,28 @@ def planted(tiny_models: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     """A model that a task is known to improve, and by what (`tests.planted`)."""
     from tests.planted import plant
 
-    return plant(tiny_models("qwen2"), tmp_path_factory.mktemp("planted") / "qwen2")
+    with single_thread():
+        return plant(tiny_models("qwen2"), tmp_path_factory.mktemp("planted") / "qwen2")
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Torch on one thread: on tiny models a second one costs more than it does."""
+    """Torch on one thread."""
+    with single_thread():
+        yield
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """On tiny models a second thread costs more than it does, the more the busier the machine is."""
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture

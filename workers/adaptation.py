@@ -15,7 +15,7 @@ from service.jobs import JobSpec, Report, SkippedModule, Stage, Verification
 from service.models import Model
 from workers.checkpoints import Checkpoint, load, reload_check, write_adapter, write_model
 from workers.evaluation import Outcome, answer_logits, evaluate, honours_tree_mask
-from workers.examples import LOGIT_BUDGET, Encoded, Layout, batches, encode
+from workers.examples import LOGIT_BUDGET, TOKEN_BUDGET, TOKEN_BUDGET_CUDA, Encoded, Layout, batches, encode
 from workers.progress import OnProgress, Progress
 from workers.pruning import applied
 from workers.ranking import Plan
@@ -101,7 +101,9 @@ def _layout(base: Checkpoint, splits: Splits) -> Layout:
     head: torch.nn.Module = base.model.get_output_embeddings()  # type: ignore[operator]
     vocabulary = head.get_parameter("weight").shape[0]
     packed = honours_tree_mask(base.model, [*splits.pool, *splits.test])
-    return Layout(packed=packed, answers=max(1, LOGIT_BUDGET // vocabulary))
+    on_gpu = head.get_parameter("weight").is_cuda
+    tokens = TOKEN_BUDGET_CUDA if on_gpu else TOKEN_BUDGET
+    return Layout(packed=packed, tokens=tokens, answers=max(1, LOGIT_BUDGET // vocabulary))
 
 
 def _decompose(targets: Sequence[Target], cache: SpectrumCache, progress: Progress) -> dict[str, Spectrum]:

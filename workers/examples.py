@@ -133,8 +133,10 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 # --- batches ----------------------------------------------------------------------------------------------------
 
-# Tokens of one forward pass, padding included. On two CPU cores larger batches are no faster; on a GPU a few are.
-TOKEN_BUDGET = 2048
+# Tokens of one forward pass, padding included. On two CPU cores larger batches are no faster and hold more memory:
+# the activations of a small model with many layers outweigh its weights. A GPU wants larger ones (not tried).
+TOKEN_BUDGET = 1024
+TOKEN_BUDGET_CUDA = 8192
 # Elements of one pass's logits, 256 MB of float32: with a large vocabulary these, not the tokens, fill memory.
 LOGIT_BUDGET = 2**26
 
