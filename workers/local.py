@@ -67,9 +67,13 @@ def _adapt(spec: JobSpec, model: models.Model, out: Path, cache: Path) -> Report
 def _divide(examples: list[object], rows: Rows) -> dict[str, list[object]]:
     gradient, selection, test = rows
     if gradient is None:
+        if selection or test is not None:
+            raise InvalidInput("--selection and --test count on from --gradient; give all three", param="gradient")
         return {"examples": examples}
+    if min(gradient, selection, test or 0) < 0:
+        raise InvalidInput("--gradient, --selection and --test are numbers of rows", param="gradient")
     end = gradient + selection
-    last = len(examples) if test is None else end + test
+    last = max(end, len(examples)) if test is None else end + test
     if last > len(examples):
         raise InvalidInput(f"{last:,} rows are asked for; the file has {len(examples):,}", param="test")
     divided = {"examples": examples[:gradient], "validation": examples[gradient:end], "test": examples[end:last]}
