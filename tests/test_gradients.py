@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from workers.gradients import effects
 from workers.pruning import applied
 from workers.ranking import Plan
 from workers.spectrum import decompose
-from workers.targets import Target
+from workers.targets import Target, find_targets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -238,3 +239,73 @@ def test_a_module_that_the_forward_does_not_call_is_named_and_has_no_effects(tin
     )
     assert unreached == {"idle": "the forward pass does not call it"}
     assert set(found.by_module) == set(spectra)
+
+
+class Experts(nn.Module):
+    """Two experts that each take half of the tokens of all rows, as one batch: whose they are is lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        out = torch.zeros_like(tokens)
+        out[::2] = self.first(tokens[::2])
+        out[1::2] = self.second(tokens[1::2])
+        return out.view_as(x)
+
+
+class Flat(nn.Module):
+    """A layer over all tokens of all rows in their order: they can be told apart again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.every = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.every(x.flatten(0, 1)).view_as(x)
+        return out
+
+
+class Regrouping(nn.Module):
+    """No model of transformers has experts that are Linear modules today; older ones had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(400, 8), nn.Linear(8, 400)
+        self.layers = nn.ModuleList([Flat(), Experts(), Flat()])
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> SimpleNamespace:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        return SimpleNamespace(logits=self.head(x))
+
+
+def test_modules_whose_tokens_are_regrouped_are_named_and_the_others_attributed() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Regrouping().double()
+    examples = [Encoded((3, 4, 5), ((6, 7),), 0, ("a",)), Encoded((8, 9, 10), ((11, 12),), 0, ("b",))]
+    targets, _ = find_targets(model)
+    spectra = {target.name: decompose(target.weight) for target in targets}
+    found, unreached = effects(model, targets, spectra, examples, Objective.BOTH, FLAT)
+    why = "its tokens are regrouped and cannot be attributed to examples"
+    assert unreached == {"layers.1.first": why, "layers.1.second": why}
+    for target in targets:
+        if target.name in found.by_module:
+            G = target.module.get_parameter("weight")
+            for n, example in enumerate(examples):
+                tokens = torch.tensor([[*example.prompt, *example.continuations[0][:-1]]])
+                logits = model(tokens, tokens, False).logits[0, -2:].log_softmax(-1)
+                loss = -logits[[0, 1], list(example.continuations[0])].sum()
+                (gradient,) = torch.autograd.grad(loss, [G])
+                expected = (target.weight * gradient).sum()
+                torch.testing.assert_close(found.by_module[target.name][n].sum(), expected)

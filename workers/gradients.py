@@ -55,6 +55,7 @@ class _Recorder:
         self.spectrum = spectrum
         self.effect = effect  # (N, rank), added to in place
         self.rows: Tensor | None = None  # (R,) the example of each row of the batch under way
+        self.tokens = 0  # T of the batch under way
         self.sent: list[Tensor] = []  # a stack, since a module may be called more than once
         self.called = 0
         self.reached = 0
@@ -76,7 +77,7 @@ class _Recorder:
         if self.spectrum.side == "out" and self.bias is not None:
             sent = sent - self.bias
         R = self.rows.numel()
-        if sent.numel() % (R * sent.shape[-1]) or (sent.ndim != 3 and sent.shape[0] % R):
+        if sent.shape[0] != (R * self.tokens if sent.ndim == 2 else R):
             self.unattributable = True  # tokens were regrouped, by experts say, and no longer belong to rows
             return
         self.reached += 1
@@ -164,6 +165,7 @@ def _backward(model: nn.Module, batch: Batch, objective: Objective, recorders: S
     index = torch.tensor(batch.examples, device=device)[on_device.row_example]
     for recorder in recorders:
         recorder.rows = index
+        recorder.tokens = batch.input_ids.shape[1]
         recorder.sent.clear()
     with torch.enable_grad():
         loss = losses(score(model, on_device), on_device, objective)
