@@ -230,7 +230,10 @@ def test_eight_examples_are_enough_to_be_cross_validated(planted: Planted, tmp_p
 
 
 def test_forty_examples_cross_fitted_find_the_planted_component(planted: Planted, tmp_path: Path, cache: Path) -> None:
-    report = check(Run(planted.folder, tmp_path, cache, examples=rows(planted, 0, 40), test=rows(planted, 40)))
+    report = check(
+        Run(planted.folder, tmp_path, cache, examples=rows(planted, 0, 40), test=rows(planted, 40), passes=2)
+    )
+    assert len(report.passes) == 2
     assert report.improved
     assert report.splits.folds
     assert not report.splits.cross_validated
@@ -276,6 +279,25 @@ def test_where_nothing_helps_the_base_is_returned_byte_for_byte(planted: Planted
     assert report.removed.components == 0
     assert report.after_first_pass is None
     assert "was not accepted" in report.outlook.message
+    for path in planted.folder.iterdir():
+        assert (tmp_path / "model" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_what_the_selection_split_accepts_and_the_test_split_refutes_is_not_returned(
+    planted: Planted, tmp_path: Path, cache: Path
+) -> None:
+    wrong = [row | {"completion": " France"} for row in rows(planted, 90)]
+    report = check(
+        Run(
+            planted.folder, tmp_path, cache, examples=rows(planted, 0, 60), validation=rows(planted, 60, 90), test=wrong
+        )
+    )
+    assert report.passes[0].accepted
+    assert not report.improved
+    assert report.verdict.startswith("Worse than the base on 30 unseen examples: accuracy")
+    assert report.removed.components == 0
+    assert report.after_first_pass is not None  # what was found and refuted is still told
+    assert report.after_first_pass.loss > report.base.loss
     for path in planted.folder.iterdir():
         assert (tmp_path / "model" / path.name).read_bytes() == path.read_bytes()
 

@@ -61,6 +61,8 @@ def test_ties_stand_in_the_models_order() -> None:
     effects = {"z": a.repeat(1, 3), "a": a.repeat(1, 2), "m": a}
     expected = [("z", 0), ("z", 1), ("z", 2), ("a", 0), ("a", 1), ("m", 0)]
     assert listed(rank(effects)) == expected
+    many = rank({"m": a.repeat(1, 5000)})
+    assert many.component.tolist() == list(range(5000))
     assert listed(rank({name: value.clone() for name, value in effects.items()})) == expected
 
 
