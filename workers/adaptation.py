@@ -109,7 +109,7 @@ def _layout(base: Checkpoint, splits: Splits) -> Layout:
 def _decompose(targets: Sequence[Target], cache: SpectrumCache, progress: Progress) -> dict[str, Spectrum]:
     spectra = {}
     for k, target in enumerate(targets):
-        progress.tell(Stage.DECOMPOSING, k / len(targets), f"decomposing {target.name}")
+        progress.tell(Stage.DECOMPOSING, k / len(targets), f"decomposing weight {k + 1} of {len(targets)}")
         spectra[target.name] = cache.get(target.weight)
     return spectra
 

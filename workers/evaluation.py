@@ -122,6 +122,8 @@ def evaluate(model: nn.Module, encoded: Sequence[Encoded], objective: Objective,
         loss[at] = losses(scored, on_device, objective).double().cpu().numpy()
         exact[at] = scored.exact.double().cpu().numpy()
         predicted[at] = scored.log_probabilities.argmax(1).cpu().numpy()
+    # A plan that breaks the model, in float16 say, has the worst of losses, not an unknown one.
+    loss = np.nan_to_num(loss, nan=np.inf)
     closed = np.array([example.closed for example in encoded], dtype=bool)
     gold = np.array([example.gold for example in encoded])
     correct[closed] = (predicted == gold)[closed]

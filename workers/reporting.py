@@ -62,7 +62,7 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
             id=model.id,
             revision=model.revision,
             architecture=model.architecture,
-            dtype=str(next(found.subject.model.parameters()).dtype).removeprefix("torch."),
+            dtype=found.subject.dtype,
             parameters=parameters,
             target_modules=len(found.subject.targets),
             components=sum(spectrum.rank for spectrum in found.subject.spectra.values()),

@@ -21,6 +21,7 @@ from typing import Protocol
 import numpy as np
 from torch import nn
 
+from service.errors import UnusableModel
 from service.jobs import Candidate, Objective, PassReport, Stage
 from workers.evaluation import Outcome, evaluate, paired_p
 from workers.examples import Encoded, Layout
@@ -54,6 +55,11 @@ class Subject:
     spectra: Mapping[str, Spectrum]
     objective: Objective
     layout: Layout
+
+    @property
+    def dtype(self) -> str:
+        """`float32`, as configurations spell it."""
+        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
 
 
 @dataclass
@@ -121,6 +127,8 @@ class Search:
         started = time.perf_counter()
         self.outcomes = [self._judge([track.plan for track in self.tracks], self.judged)]
         self.clock.searching += time.perf_counter() - started
+        if not np.isfinite(self.outcomes[0].loss).all():
+            raise UnusableModel(f"in {self.subject.dtype} its loss on some examples is not finite", param="model")
         for number in range(1, passes + 1):
             report, outcome = self._one_pass(number, self.outcomes[-1], on_step)
             self.passes.append(report)
@@ -213,6 +221,7 @@ class Search:
     def _judge(self, plans: Sequence[Plan], rows: Collection[int]) -> Outcome:
         """Some of the judged examples, each under the plan of the track that judges it; NaN for the others."""
         N = len(self.judged)
+        wanted = set(rows)
         at = {row: k for k, row in enumerate(self.judged)}
         whole = Outcome(
             loss=np.full(N, np.nan),
@@ -221,7 +230,7 @@ class Search:
             correct=np.full(N, np.nan),
         )
         for track, plan in zip(self.tracks, plans, strict=True):
-            mine = [row for row in track.judge if row in rows]
+            mine = [row for row in track.judge if row in wanted]
             if not mine:
                 continue
             with applied(self.subject.targets, self.subject.spectra, plan):
