@@ -21,7 +21,8 @@ from rich.table import Table
 from service import jsonl
 from service.client import WAIT_SECONDS, Client
 from service.errors import C2IError, InternalError, InvalidInput, Unavailable
-from service.jobs import Difference, Job, JobEvent, JobStatus, Metrics, Objective, PromptFormat, Report, Strategy
+from service.jobs import Difference, Job, JobEvent, JobStatus, Objective, PromptFormat, Strategy
+from service.reports import Metrics, Report
 from service.settings import Settings
 
 EXIT_FAILED = 1

@@ -11,7 +11,8 @@ from typing import Any, Self
 import httpx
 
 from service.errors import C2IError, InternalError, InvalidInput, Unavailable
-from service.jobs import Job, JobEvent, Report
+from service.jobs import Job, JobEvent
+from service.reports import Report
 
 CHUNK_BYTES = 1 << 20
 WAIT_SECONDS = 20

@@ -1,7 +1,7 @@
 """The job contract: the only thing, with `errors`, that service and workers say to each other.
 
 What a client sends (`JobSpec`), what a job looks like from outside (`Job`), what a worker tells while it runs
-(`Progress`) and at its end (`Report`). Everything is validated here once, at the edge.
+(`Progress`) and at its end (`JobResult`; in full, `service.reports`). Everything is validated here once, at the edge.
 """
 
 from __future__ import annotations
@@ -86,14 +86,16 @@ class Stage(StrEnum):
     PUBLISHING = "publishing"
 
 
-class _Model(BaseModel):
+class Strict(BaseModel):
+    """Refuses fields that it does not know and numbers that are none; does not change."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Text = Annotated[str, StringConstraints(strict=True, max_length=1_000_000)]
 
 
-class Example(_Model):
+class Example(Strict):
     """One prompt with its gold completion and, for a closed task, the options it is one of."""
 
     prompt: Text
@@ -106,7 +108,7 @@ MetadataKey = Annotated[str, StringConstraints(strict=True, min_length=1, max_le
 MetadataValue = Annotated[str, StringConstraints(strict=True, max_length=512)]
 
 
-class JobSpec(_Model):
+class JobSpec(Strict):
     """The body of `POST /v1/jobs`.
 
     `validation` is the selection split and `test` the test split, where the client brings its own; what is not
@@ -243,7 +245,7 @@ def _check_example(example: Example, at: str) -> None:
         )
 
 
-class Progress(_Model):
+class Progress(Strict):
     """Where a running job is. `percent` never falls."""
 
     stage: Stage | None = None
@@ -252,7 +254,7 @@ class Progress(_Model):
     queue_position: int | None = None
 
 
-class JobError(_Model):
+class JobError(Strict):
     """Why a job failed, in words a user can act on."""
 
     code: str
@@ -261,7 +263,7 @@ class JobError(_Model):
     retryable: bool = False
 
 
-class Scores(_Model):
+class Scores(Strict):
     """What a model reached on the test split. `accuracy` is over the choices, null where no example has any."""
 
     accuracy: float | None
@@ -269,7 +271,7 @@ class Scores(_Model):
     loss: float
 
 
-class Difference(_Model):
+class Difference(Strict):
     """Adapted minus base on the same examples: 95 % bootstrap interval; `p` by McNemar's exact test, for a loss by
     the paired t-test."""
 
@@ -280,14 +282,14 @@ class Difference(_Model):
     p: float
 
 
-class Removed(_Model):
+class Removed(Strict):
     """How much the adapted model lacks of the base."""
 
     components: int
     modules: int
 
 
-class JobResult(_Model):
+class JobResult(Strict):
     """The outcome in brief; `report.json` has it in full."""
 
     improved: bool
@@ -298,7 +300,7 @@ class JobResult(_Model):
     removed: Removed
 
 
-class Job(_Model):
+class Job(Strict):
     """A job as its client sees it: `GET /v1/jobs/{id}`."""
 
     id: str
@@ -315,7 +317,7 @@ class Job(_Model):
     metadata: dict[str, str] = Field(default_factory=dict)
 
 
-class JobEvent(_Model):
+class JobEvent(Strict):
     """One line of a job's history. `id` grows with time."""
 
     id: str
@@ -326,162 +328,9 @@ class JobEvent(_Model):
     progress: Progress
 
 
-class ArtifactFile(_Model):
+class ArtifactFile(Strict):
     """One published file; `path` is relative to the job, with `/`."""
 
     path: str
     bytes: int
     sha256: str
-
-
-# --- report.json ------------------------------------------------------------------------------------------------
-
-
-class SplitSizes(_Model):
-    """Examples in each split, after exact duplicates were dropped. `folds` is set where few examples were
-    cross-fitted: gradient and selection then are the same examples, each judged by folds without it."""
-
-    gradient: int
-    selection: int
-    test: int
-    folds: int | None = None
-    duplicates_dropped: int = 0
-    cross_validated: bool = False
-
-
-class Metrics(Scores):
-    """`Scores` with what shows a collapse to one label. `confusion[gold][predicted]` counts, over the choices."""
-
-    n: int
-    balanced_accuracy: float | None
-    majority_rate: float
-    confusion: dict[str, dict[str, int]] | None
-
-
-class Candidate(_Model):
-    """One plan that the search tried: its size, what first order predicted and what came out, on the `examples` of
-    the selection split that it was judged on (all, or a part for one that fell behind). Losses are means per
-    example, `base_loss` that of the model before the pass."""
-
-    size: int
-    examples: int
-    base_loss: float
-    predicted_loss: float
-    loss: float
-    accuracy: float | None
-    exact_match: float
-    seconds: float
-
-
-class PassReport(_Model):
-    """One round of backward, ranking and search."""
-
-    number: int
-    base_loss: float
-    candidates: list[Candidate]
-    chosen: int
-    """Components removed by this pass; 0 where it was not accepted."""
-    loss: float
-    p: float
-    accepted: bool
-    reason: str
-    still_falling: bool
-    seconds: float
-
-
-class PlanEntry(_Model):
-    """What is removed from one module: `components` are indices into its singular values, largest first."""
-
-    module: str
-    shape: tuple[int, int]
-    components: list[int]
-    relative_norm: float
-    """Frobenius norm of what is removed over that of the weight."""
-
-
-class SkippedModule(_Model):
-    """A weight inside the blocks that cannot be handled, and why."""
-
-    module: str
-    reason: str
-
-
-class Verification(_Model):
-    """Largest absolute difference of logits between the artifact reloaded from disk and the adapted model."""
-
-    adapter: float
-    model: float
-
-
-class Cost(_Model):
-    """Time and memory. FB is one forward and backward over the gradient split, measured in this run."""
-
-    stages: dict[str, float]
-    """Seconds a stage; keys are `Stage` values, `test` for the evaluations on the test split."""
-    fb_seconds: float
-    adaptation_fb: float
-    """Backward, ranking and searching, in FB: all but loading, decomposing, verifying, the test and publishing."""
-    stages_fb: dict[str, float]
-    peak_memory_bytes: int
-    adapter_bytes: int
-    model_bytes: int
-
-
-class Outlook(_Model):
-    """Whether the loss was still falling when the passes ended, and what another pass would cost."""
-
-    still_falling: bool
-    next_pass_seconds: float
-    message: str
-
-
-class ModelInfo(_Model):
-    """The base model. `revision` is its commit, or for a local folder the sha256 of its weights' headers and
-    configuration."""
-
-    id: str
-    revision: str
-    architecture: str
-    dtype: str
-    parameters: int
-    target_modules: int
-    components: int
-
-
-class Report(JobResult):
-    """`report.json`: everything that was done, tried, measured and proved."""
-
-    schema_version: Literal[1] = 1
-    model: ModelInfo
-    strategy: Strategy
-    objective: Objective
-    prompt_format: PromptFormat
-    seed: int
-    passes_requested: int
-    splits: SplitSizes
-    base: Metrics
-    after_first_pass: Metrics | None
-    adapted: Metrics
-    differences: list[Difference]
-    """Every metric's difference; `difference` is the one the verdict stands on."""
-    first_pass_differences: list[Difference]
-    passes: list[PassReport]
-    outlook: Outlook
-    plan: list[PlanEntry]
-    skipped_modules: list[SkippedModule]
-    verification: Verification
-    cost: Cost
-    versions: dict[str, str]
-
-    def brief(self) -> JobResult:
-        """What the job's record holds of it."""
-        return JobResult(
-            improved=self.improved,
-            verdict=self.verdict,
-            base=Scores(accuracy=self.base.accuracy, exact_match=self.base.exact_match, loss=self.base.loss),
-            adapted=Scores(
-                accuracy=self.adapted.accuracy, exact_match=self.adapted.exact_match, loss=self.adapted.loss
-            ),
-            difference=self.difference,
-            removed=self.removed,
-        )

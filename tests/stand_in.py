@@ -14,20 +14,9 @@ import threading
 from pathlib import Path
 
 from service.errors import UnusableModel
-from service.jobs import (
-    Cost,
-    Difference,
-    JobSpec,
-    Metrics,
-    ModelInfo,
-    Outlook,
-    Removed,
-    Report,
-    SplitSizes,
-    Stage,
-    Verification,
-)
+from service.jobs import Difference, JobSpec, Removed, Stage
 from service.models import Model
+from service.reports import Cost, Metrics, ModelInfo, Outlook, Report, SplitSizes, Verification
 from service.settings import Settings
 from workers.progress import OnProgress
 from workers.worker import work

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from service import models
 from service.errors import InvalidInput, UnusableModel
-from service.jobs import JobSpec, Objective, Report, Stage
+from service.jobs import JobSpec, Objective, Stage
+from service.reports import Report
 from tests import plain, tiny
 from tests.plain import ARCHITECTURES, MIXTURES
 from tests.planted import Planted

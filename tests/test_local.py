@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from service.errors import C2IError, InvalidInput, ModelNotFound
-from service.jobs import Report
+from service.reports import Report
 from service.settings import Settings
 from tests import live
 from tests.live import REPOSITORY

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from service import models
-from service.jobs import Example, JobSpec, Objective, PromptFormat, Report
+from service.jobs import Example, JobSpec, Objective, PromptFormat
+from service.reports import Report
 from service.settings import Settings
 from tests import plain
 from workers.adaptation import adapt

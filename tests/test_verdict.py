@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from service.jobs import SplitSizes
+from service.reports import SplitSizes
 from workers.evaluation import Array, Outcome
 from workers.verdict import Verdict, judge
 

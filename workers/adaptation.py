@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from service.errors import UnusableModel
-from service.jobs import JobSpec, Report, SkippedModule, Stage, Verification
+from service.jobs import JobSpec, Stage
 from service.models import Model
+from service.reports import Report, SkippedModule, Verification
 from workers.checkpoints import Checkpoint, load, reload_check, write_adapter, write_model
 from workers.evaluation import Outcome, answer_logits, evaluate, honours_tree_mask
 from workers.examples import LOGIT_BUDGET, TOKEN_BUDGET, TOKEN_BUDGET_CUDA, Encoded, Layout, batches, encode

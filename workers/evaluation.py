@@ -15,7 +15,8 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from service.jobs import Difference, Metrics, Objective
+from service.jobs import Difference, Objective
+from service.reports import Metrics
 from workers.examples import Batch, Encoded, Layout, batches
 
 Array = npt.NDArray[np.float64]

@@ -13,7 +13,8 @@ from rich.progress import Progress as Bar
 
 from service import jsonl, models
 from service.errors import InvalidInput
-from service.jobs import JobSpec, Metrics, Report, Stage
+from service.jobs import JobSpec, Stage
+from service.reports import Metrics, Report
 from service.settings import Settings
 from workers.adaptation import adapt
 

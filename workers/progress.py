@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from service.jobs import Cost, Stage
+from service.jobs import Stage
+from service.reports import Cost
 
 # Where each stage begins and ends, in percent. Backward, ranking and searching alternate within one span.
 SPANS = {

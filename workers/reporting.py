@@ -9,18 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from service.jobs import (
-    Cost,
-    JobSpec,
-    ModelInfo,
-    Outlook,
-    PlanEntry,
-    Removed,
-    Report,
-    SkippedModule,
-    Verification,
-)
+from service.jobs import JobSpec, Removed
 from service.models import Model
+from service.reports import Cost, ModelInfo, Outlook, PlanEntry, Report, SkippedModule, Verification
 from workers.evaluation import Outcome, differences, metrics
 from workers.ranking import Plan
 from workers.search import Search, Subject

@@ -22,7 +22,8 @@ import numpy as np
 from torch import nn
 
 from service.errors import UnusableModel
-from service.jobs import Candidate, Objective, PassReport, Stage
+from service.jobs import Objective, Stage
+from service.reports import Candidate, PassReport
 from workers.evaluation import Outcome, evaluate, paired_p
 from workers.examples import Encoded, Layout
 from workers.gradients import Effects, effects

@@ -14,7 +14,8 @@ from itertools import pairwise
 import numpy as np
 
 from service.errors import InvalidInput
-from service.jobs import MIN_EXAMPLES, SplitSizes
+from service.jobs import MIN_EXAMPLES
+from service.reports import SplitSizes
 from workers.examples import Encoded
 from workers.search import Track
 

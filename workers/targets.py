@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from service.errors import UnusableModel
-from service.jobs import SkippedModule
+from service.reports import SkippedModule
 
 
 @dataclass(frozen=True, eq=False)

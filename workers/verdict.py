@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from service.jobs import Difference, SplitSizes
+from service.jobs import Difference
+from service.reports import SplitSizes
 from workers.evaluation import Outcome, differences
 
 SIGNIFICANT = 0.05

@@ -29,9 +29,10 @@ from rq.worker import WorkerStatus
 from service import models
 from service.artifacts import ArtifactStore, disk_is_full
 from service.errors import C2IError, Conflict, InternalError, JobNotFound, OutOfMemory, Unavailable
-from service.jobs import JobSpec, JobStatus, Progress, Report, Stage
+from service.jobs import JobSpec, JobStatus, Progress, Stage
 from service.processes import die_with_parent
 from service.queue import JobQueue, connect
+from service.reports import Report
 from service.settings import Settings
 from workers.memory import is_out_of_memory
 from workers.progress import OnProgress

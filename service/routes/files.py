@@ -12,7 +12,8 @@ from pydantic import BaseModel
 from zipstream import ZipStream
 
 from service.errors import Conflict, InvalidInput, JobNotFound, NotFound
-from service.jobs import ArtifactFile, Job, JobStatus, Report
+from service.jobs import ArtifactFile, Job, JobStatus
+from service.reports import Report
 from service.routes.dependencies import Service, TheService, documented
 from service.routes.jobs import JobId
 

@@ -27,8 +27,9 @@ from rich.table import Table
 
 from service.client import Client
 from service.errors import C2IError, InternalError, Unavailable
-from service.jobs import Difference, JobSpec, Metrics, Report
+from service.jobs import Difference, JobSpec
 from service.processes import die_with_parent
+from service.reports import Metrics, Report
 from service.settings import Settings
 from workers.catalogue import SMOLLM2
 from workers.demo.task import Task, build_task

@@ -1,0 +1,157 @@
+"""`report.json`: everything that an adaptation did, tried, measured and proved."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from service.jobs import Difference, JobResult, Objective, PromptFormat, Scores, Strategy, Strict
+
+
+class SplitSizes(Strict):
+    """Examples in each split, after exact duplicates were dropped. `folds` is set where few examples were
+    cross-fitted: gradient and selection then are the same examples, each judged by folds without it."""
+
+    gradient: int
+    selection: int
+    test: int
+    folds: int | None = None
+    duplicates_dropped: int = 0
+    cross_validated: bool = False
+
+
+class Metrics(Scores):
+    """`Scores` with what shows a collapse to one label. `confusion[gold][predicted]` counts, over the choices."""
+
+    n: int
+    balanced_accuracy: float | None
+    majority_rate: float
+    confusion: dict[str, dict[str, int]] | None
+
+
+class Candidate(Strict):
+    """One plan that the search tried: its size, what first order predicted and what came out, on the `examples` of
+    the selection split that it was judged on (all, or a part for one that fell behind). Losses are means per
+    example, `base_loss` that of the model before the pass."""
+
+    size: int
+    examples: int
+    base_loss: float
+    predicted_loss: float
+    loss: float
+    accuracy: float | None
+    exact_match: float
+    seconds: float
+
+
+class PassReport(Strict):
+    """One round of backward, ranking and search."""
+
+    number: int
+    base_loss: float
+    candidates: list[Candidate]
+    chosen: int
+    """Components removed by this pass; 0 where it was not accepted."""
+    loss: float
+    p: float
+    accepted: bool
+    reason: str
+    still_falling: bool
+    seconds: float
+
+
+class PlanEntry(Strict):
+    """What is removed from one module: `components` are indices into its singular values, largest first."""
+
+    module: str
+    shape: tuple[int, int]
+    components: list[int]
+    relative_norm: float
+    """Frobenius norm of what is removed over that of the weight."""
+
+
+class SkippedModule(Strict):
+    """A weight inside the blocks that cannot be handled, and why."""
+
+    module: str
+    reason: str
+
+
+class Verification(Strict):
+    """Largest absolute difference of logits between the artifact reloaded from disk and the adapted model."""
+
+    adapter: float
+    model: float
+
+
+class Cost(Strict):
+    """Time and memory. FB is one forward and backward over the gradient split, measured in this run."""
+
+    stages: dict[str, float]
+    """Seconds a stage; keys are `Stage` values, `test` for the evaluations on the test split."""
+    fb_seconds: float
+    adaptation_fb: float
+    """Backward, ranking and searching, in FB: all but loading, decomposing, verifying, the test and publishing."""
+    stages_fb: dict[str, float]
+    peak_memory_bytes: int
+    adapter_bytes: int
+    model_bytes: int
+
+
+class Outlook(Strict):
+    """Whether the loss was still falling when the passes ended, and what another pass would cost."""
+
+    still_falling: bool
+    next_pass_seconds: float
+    message: str
+
+
+class ModelInfo(Strict):
+    """The base model. `revision` is its commit, or for a local folder the sha256 of its weights' headers and
+    configuration."""
+
+    id: str
+    revision: str
+    architecture: str
+    dtype: str
+    parameters: int
+    target_modules: int
+    components: int
+
+
+class Report(JobResult):
+    """`report.json`: everything that was done, tried, measured and proved."""
+
+    schema_version: Literal[1] = 1
+    model: ModelInfo
+    strategy: Strategy
+    objective: Objective
+    prompt_format: PromptFormat
+    seed: int
+    passes_requested: int
+    splits: SplitSizes
+    base: Metrics
+    after_first_pass: Metrics | None
+    adapted: Metrics
+    differences: list[Difference]
+    """Every metric's difference; `difference` is the one the verdict stands on."""
+    first_pass_differences: list[Difference]
+    passes: list[PassReport]
+    outlook: Outlook
+    plan: list[PlanEntry]
+    skipped_modules: list[SkippedModule]
+    verification: Verification
+    cost: Cost
+    versions: dict[str, str]
+
+    def brief(self) -> JobResult:
+        """What the job's record holds of it."""
+        return JobResult(
+            improved=self.improved,
+            verdict=self.verdict,
+            base=Scores(accuracy=self.base.accuracy, exact_match=self.base.exact_match, loss=self.base.loss),
+            adapted=Scores(
+                accuracy=self.adapted.accuracy, exact_match=self.adapted.exact_match, loss=self.adapted.loss
+            ),
+            difference=self.difference,
+            removed=self.removed,
+        )
