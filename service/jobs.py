@@ -184,9 +184,6 @@ def check_model_id(model: str) -> None:
 
 def check_examples(spec: JobSpec) -> None:
     """What a schema cannot say: every rule about examples, each error naming its field."""
-    if len(spec.examples) < MIN_EXAMPLES:
-        found = "there are none" if not spec.examples else f"there are {len(spec.examples)}"
-        raise InvalidInput(f"at least {MIN_EXAMPLES} examples are needed; {found}", param="examples")
     total = len(spec.examples) + len(spec.validation or []) + len(spec.test or [])
     if total > MAX_EXAMPLES:
         raise InvalidInput(
@@ -197,7 +194,7 @@ def check_examples(spec: JobSpec) -> None:
     for name, split in (("examples", spec.examples), ("validation", spec.validation), ("test", spec.test)):
         if split is None:
             continue
-        if not split:
+        if not split and name != "examples":
             raise InvalidInput("an empty list; leave the field out to split it off `examples`", param=name)
         for i, example in enumerate(split):
             at = f"{name}[{i}]"
@@ -215,6 +212,11 @@ def check_examples(spec: JobSpec) -> None:
                     f"the same prompt stands in {first_at}; an example that the model was adapted on proves nothing",
                     param=f"{at}.prompt",
                 )
+    # Last: what is wrong with the examples that are there is the better thing to know first.
+    if len(spec.examples) < MIN_EXAMPLES:
+        raise InvalidInput(
+            f"at least {MIN_EXAMPLES} examples are needed; there are {len(spec.examples)}", param="examples"
+        )
 
 
 def _check_example(example: Example, at: str) -> None:

@@ -42,6 +42,7 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ("no examples", {"examples": []}, "examples"),
     ("examples left out", {"examples": ...}, "examples"),
     ("too few examples", {"examples": tiny.learnable_examples(7)}, "examples"),
+    ("a wrong example among too few", {"examples": [SAME | {"completion": " blue"}]}, "examples[0].completion"),
     ("an object for examples", {"examples": {}}, "examples"),
     ("null for an example", {"examples": [None] * 12}, "examples[0]"),
     ("an empty prompt", {"examples": examples(prompt="")}, "examples[3].prompt"),
