@@ -193,31 +193,40 @@ class Search:
 
     def _rank(self, number: int, on_step: OnStep) -> list[Ranking]:
         """A ranking for each track, the result's last."""
-        found: dict[int, Effects] = {}
+        on_batch = partial(on_step, Stage.BACKWARD, number, message=f"pass {number}: backward")
+        shared: Effects | None = None
+        rows = sorted({row for track in self.all_tracks for row in track.fit})
+        if number == 1:  # all plans are empty: one backward serves every track
+            shared = self._backward(rows, Plan(), on_batch)
         rankings = []
-        shared = number == 1  # all plans are empty: one backward serves every track
         for track in self.all_tracks:
-            rows = sorted({r for t in self.all_tracks for r in t.fit}) if shared else track.fit
-            if not shared or not found:
-                at = time.perf_counter()
-                with applied(self.subject.targets, self.subject.spectra, track.plan):
-                    found[0], self.unreached = effects(
-                        self.subject.model,
-                        self.subject.targets,
-                        self.subject.spectra,
-                        [self.pool[r] for r in rows],
-                        self.subject.objective,
-                        self.subject.layout,
-                        on_batch=lambda done: on_step(Stage.BACKWARD, number, done, f"pass {number}: backward"),
-                    )
-                self.clock.backward += time.perf_counter() - at
-                self.clock.fb = self.clock.fb or found[0].fb_seconds
-            at = time.perf_counter()
+            found = shared
+            if found is None:
+                rows, found = track.fit, self._backward(track.fit, track.plan, on_batch)
+            started = time.perf_counter()
             on_step(Stage.RANKING, number, 0.0, f"pass {number}: ranking")
             position = {row: k for k, row in enumerate(rows)}
-            rankings.append(rank(found[0].by_module, [position[r] for r in track.fit], track.plan))
-            self.clock.ranking += time.perf_counter() - at
+            rankings.append(rank(found.by_module, [position[row] for row in track.fit], track.plan))
+            self.clock.ranking += time.perf_counter() - started
         return rankings
+
+    def _backward(self, rows: Sequence[int], plan: Plan, on_batch: Callable[[float], None]) -> Effects:
+        """The effects on some of the pool's examples, of the model without the plan's components."""
+        subject = self.subject
+        started = time.perf_counter()
+        with applied(subject.targets, subject.spectra, plan):
+            found, self.unreached = effects(
+                subject.model,
+                subject.targets,
+                subject.spectra,
+                [self.pool[row] for row in rows],
+                subject.objective,
+                subject.layout,
+                on_batch=on_batch,
+            )
+        self.clock.backward += time.perf_counter() - started
+        self.clock.fb = self.clock.fb or found.fb_seconds
+        return found
 
     def _judge(self, plans: Sequence[Plan], rows: Collection[int]) -> Outcome:
         """Some of the judged examples, each under the plan of the track that judges it; NaN for the others."""
