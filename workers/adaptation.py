@@ -100,11 +100,12 @@ def _encode(spec: JobSpec, base: Checkpoint, context: int | None) -> Splits:
 
 def _layout(base: Checkpoint, splits: Splits) -> Layout:
     head: torch.nn.Module = base.model.get_output_embeddings()  # type: ignore[operator]
-    vocabulary = head.get_parameter("weight").shape[0]
-    packed = honours_tree_mask(base.model, [*splits.pool, *splits.test])
-    on_gpu = head.get_parameter("weight").is_cuda
-    tokens = TOKEN_BUDGET_CUDA if on_gpu else TOKEN_BUDGET
-    return Layout(packed=packed, tokens=tokens, answers=max(1, LOGIT_BUDGET // vocabulary))
+    weight = head.get_parameter("weight")  # (vocabulary, hidden)
+    return Layout(
+        packed=honours_tree_mask(base.model, [*splits.pool, *splits.test]),
+        tokens=TOKEN_BUDGET_CUDA if weight.is_cuda else TOKEN_BUDGET,
+        answers=max(1, LOGIT_BUDGET // weight.shape[0]),
+    )
 
 
 def _decompose(targets: Sequence[Target], cache: SpectrumCache, progress: Progress) -> dict[str, Spectrum]:

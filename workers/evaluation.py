@@ -53,7 +53,7 @@ def score(model: nn.Module, batch: Batch) -> Scored:
 
     greedy = logits.detach().argmax(-1)
     wrong = (greedy[batch.token_query] != batch.token_id).to(totals.dtype)
-    mistakes = torch.zeros_like(table, requires_grad=False).index_put(
+    mistakes = torch.zeros_like(table).index_put(
         (batch.continuation_slot,), wrong.new_zeros(C).index_add(0, batch.token_continuation, wrong)
     )
     gold = batch.gold[:, None]

@@ -6,8 +6,9 @@ significantly worse in neither accuracy nor exact match. Else the base is, and t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from service.jobs import Difference
 from service.reports import SplitSizes
@@ -60,14 +61,10 @@ def _better(difference: Difference) -> bool:
 
 def _tell(difference: Difference, base: Outcome, adapted: Outcome) -> str:
     values = {"accuracy": "correct", "exact_match": "exact", "loss": "loss"}[difference.metric]
-    before, after = (_mean(getattr(outcome, values)) for outcome in (base, adapted))
+    # NaN for an example without choices.
+    before, after = (float(np.nanmean(getattr(outcome, values))) for outcome in (base, adapted))
     p = "p < .001" if difference.p < 0.001 else f"p = {difference.p:.3f}"
     return (
         f"{WORDS[difference.metric]} {before:.3f} to {after:.3f} "
         f"({difference.value:+.3f}, 95 % interval {difference.low:+.3f} to {difference.high:+.3f}, {p})"
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    known = [value for value in values if value == value]  # noqa: PLR0124 - NaN for an example without choices
-    return sum(known) / len(known)
