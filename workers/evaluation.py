@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,15 +110,21 @@ class Outcome:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, encoded: Sequence[Encoded], objective: Objective, layout: Layout) -> Outcome:
-    """Run the model over a split."""
+def evaluate(
+    model: nn.Module,
+    encoded: Sequence[Encoded],
+    objective: Objective,
+    layout: Layout,
+    scorer: Callable[[nn.Module, Batch], Scored] = score,
+) -> Outcome:
+    """Run the model over a split. `scorer` makes the forward pass of a batch (`prefixes` has a shorter one)."""
     N = len(encoded)
     loss, exact, correct = np.zeros(N), np.zeros(N), np.full(N, np.nan)
     predicted = np.zeros(N, dtype=np.int64)
     device = next(model.parameters()).device
     for batch in batches(encoded, layout):
         on_device = batch.to(device)
-        scored = score(model, on_device)
+        scored = scorer(model, on_device)
         at = batch.examples
         loss[at] = losses(scored, on_device, objective).double().cpu().numpy()
         exact[at] = scored.exact.double().cpu().numpy()
