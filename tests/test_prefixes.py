@@ -20,13 +20,14 @@ from workers.examples import Encoded, Layout, batches
 from workers.prefixes import Prefixes
 from workers.pruning import applied
 from workers.ranking import Plan
+from workers.spectrum import decompose
 from workers.targets import decoder_blocks, find_targets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DEPTH = 4
 # Several batches of several rows.
-PACKED, FLAT = Layout(packed=True, tokens=64), Layout(packed=False, tokens=64)
+PACKED, FLAT = Layout(packed=True, tokens=32), Layout(packed=False, tokens=32)
 BOTH = Objective.BOTH
 # Gemma 3n's last two blocks attend to the keys and values of the two before.
 SHARING: tuple[str, dict[str, Any]] = (
@@ -60,7 +61,7 @@ def deep_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         if architecture not in built:
             model_type, keys = (tiny.ARCHITECTURES | tiny.MIXTURES | {"gemma3n": SHARING})[architecture]
             with pytest.MonkeyPatch.context() as patch:
-                patch.setitem(tiny.ARCHITECTURES, architecture, (model_type, deeper(keys)))
+                patch.setattr(tiny, "MIXTURES", {architecture: (model_type, deeper(keys))})  # goes before the others
                 built[architecture] = tiny.build(architecture, tmp_path_factory.mktemp("deep") / architecture)
         return built[architecture]
 
@@ -69,11 +70,11 @@ def deep_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 @contextmanager
 def block_pruned(model: nn.Module, block: int) -> Iterator[list[str]]:
-    """The model without the first components of all matrices of a block; their names."""
+    """The model without the first component of all matrices of a block; their names."""
     name, _ = decoder_blocks(model)
     targets = [t for t in find_targets(model)[0] if t.name.startswith(f"{name}.{block}.")]
-    spectra = {t.name: plain.decompose(t.weight) for t in targets}
-    with applied(targets, spectra, Plan({t.name: (0, 1, 2) for t in targets})):
+    spectra = {t.name: decompose(t.weight) for t in targets}
+    with applied(targets, spectra, Plan({t.name: (0,) for t in targets})):
         yield list(spectra)
 
 

@@ -100,8 +100,8 @@ class Prefixes:
             while self.held_bytes > self.limit_bytes:
                 self.stride *= 2
                 for inputs in self._outputs.values():
-                    for other in [other for other in inputs if other % self.stride]:
-                        self.held_bytes -= _size(inputs.pop(other))
+                    for dropped in [index for index in inputs if index % self.stride]:
+                        self.held_bytes -= _size(inputs.pop(dropped))
 
         with _heard(self._blocks, keep):
             return score(model, batch)
