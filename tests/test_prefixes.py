@@ -13,7 +13,7 @@ import pytest
 from torch import Tensor, nn
 
 from service.jobs import Objective
-from tests import plain, tiny
+from tests import tiny
 from tests.plain import ARCHITECTURES, MIXTURES, encoded, loaded, within_window
 from workers.evaluation import Outcome, evaluate
 from workers.examples import Encoded, Layout, batches
