@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -122,7 +123,9 @@ def _test(subject: Subject, test: Sequence[Encoded], plan: Plan) -> Outcome:
 
 
 def _verify(out: Path, base: Checkpoint, subject: Subject, plan: Plan, examples: Sequence[Encoded]) -> Verification:
-    batch = next(batches(examples, subject.layout)).to(next(base.model.parameters()).device)
+    layout = subject.layout
+    held = replace(layout, tokens=layout.limits.get("forward", layout.tokens))
+    batch = next(batches(examples, held)).to(next(base.model.parameters()).device)
     with applied(subject.targets, subject.spectra, plan), torch.no_grad():
         expected = answer_logits(base.model, batch)
     adapter, merged = reload_check(out, base, batch, expected)
