@@ -315,6 +315,7 @@ def test_every_architecture(architecture: str, tiny_models: TinyModels, tmp_path
 def test_every_dtype(dtype: str, tiny_models: TinyModels, tmp_path: Path, cache: Path) -> None:
     run = Run(tiny_models("llama", dtype), tmp_path, cache, examples=tiny.learnable_examples(60))
     assert run.report.model.dtype == dtype
+    assert (run.report.rounding_loss is None) == (dtype == "float64")
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES
 
 

@@ -126,8 +126,9 @@ def build(
 ) -> Path:
     """Save a random model of the architecture and its tokenizer into `folder`.
 
-    `shape` overrides keys of its config; `prepare` sees the model before it is saved. The weights are drawn ten times wider than transformers does:
-    at its 0.02 a tiny model's outputs are all but constant and gradients vanish in rounding.
+    `shape` overrides keys of its config; `prepare` sees the model before it is saved. The weights are drawn ten times
+    wider than transformers does: at its 0.02 a tiny model's outputs are all but constant and gradients vanish in
+    rounding.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
