@@ -140,6 +140,10 @@ class Report(JobResult):
     plan: list[PlanEntry]
     skipped_modules: list[SkippedModule]
     verification: Verification
+    rounding_loss: float | None
+    """Mean loss of the returned model, minus what it would be without rounding the pruned weights to the model's 16
+    bits, over up to 100 examples of the test split (of all examples, where there is none). Null for a model in
+    float32 or float64."""
     cost: Cost
     versions: dict[str, str]
 

@@ -96,6 +96,7 @@ def make_report(spec: JobSpec) -> Report:
         plan=[],
         skipped_modules=[],
         verification=Verification(adapter=0.0, model=0.0),
+        rounding_loss=None,
         cost=Cost(
             stages={},
             fb_seconds=1.0,

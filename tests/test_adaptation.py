@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from service import models
@@ -19,9 +21,11 @@ from service.reports import Report
 from tests import plain, tiny
 from tests.plain import ARCHITECTURES, MIXTURES
 from tests.planted import Planted
+from workers import spectrum
 from workers.adaptation import adapt
 from workers.evaluation import evaluate
 from workers.examples import Layout
+from workers.spectrum import Spectrum, decompose
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -160,6 +164,29 @@ def test_the_same_seed_gives_the_same_report_and_the_same_artifacts_to_the_bit(
         if path.is_file() and path.name != "report.json":
             twin = tmp_path / "two" / path.relative_to(tmp_path / "one")
             assert twin.read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_second_job_on_a_model_decomposes_nothing_and_one_on_changed_weights_only_these(
+    planted: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decomposed: list[Tensor] = []
+
+    def counted(W: Tensor) -> Spectrum:
+        decomposed.append(W)
+        return decompose(W)
+
+    monkeypatch.setattr(spectrum, "decompose", counted)
+    for name, passes in (("first", 1), ("second", 2)):
+        Run(planted.folder, tmp_path / name, tmp_path / "cache", examples=rows(planted), passes=passes)
+    first = Report.model_validate_json((tmp_path / "first" / "report.json").read_text())
+    modules = first.model.target_modules
+    assert len(decomposed) == modules
+    # The adapted model is another only in the weights that were pruned.
+    shutil.copytree(tmp_path / "first" / "model", tmp_path / "models" / "adapted")
+    report = Run(tmp_path / "models" / "adapted", tmp_path / "third", tmp_path / "cache", examples=rows(planted)).report
+    assert report.model.target_modules == modules
+    assert len(decomposed) == modules + first.removed.modules
+    assert 0 < first.removed.modules < modules
 
 
 def test_passes_go_on_while_they_help_and_all_of_them_are_reported(
@@ -315,6 +342,7 @@ def test_every_architecture(architecture: str, tiny_models: TinyModels, tmp_path
 def test_every_dtype(dtype: str, tiny_models: TinyModels, tmp_path: Path, cache: Path) -> None:
     run = Run(tiny_models("llama", dtype), tmp_path, cache, examples=tiny.learnable_examples(60))
     assert run.report.model.dtype == dtype
+    assert (run.report.rounding_loss is None) == (dtype == "float64")
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES
 
 

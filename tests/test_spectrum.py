@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.live import REPOSITORY
 from workers import spectrum
 from workers.spectrum import Spectrum, SpectrumCache, decompose
 
@@ -227,6 +231,66 @@ def test_writers_at_once_leave_whole_files_and_nothing_else(tmp_path: Path) -> N
         thread.join()
     assert not wrong
     assert not list(tmp_path.glob(".*"))
+
+
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from workers.spectrum import SpectrumCache
+
+torch.set_num_threads(1)
+folder, file, fate = sys.argv[1:]
+weights = torch.load(file)
+if fate == "killed":  # between the write and the rename, of a weight of its own if the others are written already
+    Path.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+    weights.append(torch.ones(8, 4))
+print("ready", flush=True)
+sys.stdin.readline()
+for W in weights:
+    SpectrumCache(Path(folder)).get(W)
+"""
+WEIGHTS = 12
+
+
+def test_processes_that_write_at_once_and_one_that_is_killed_leave_a_whole_cache(
+    tmp_path: Path, decompositions: list[tuple[int, ...]]
+) -> None:
+    weights = [random(48, 24, seed) for seed in range(WEIGHTS)]
+    torch.save(weights, tmp_path / "weights")
+    folder = tmp_path / "cache"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(folder), str(tmp_path / "weights"), fate],
+            cwd=REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for fate in ("lives", "killed")
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    cache = SpectrumCache(folder)
+    for W in weights:
+        assert same(cache.get(W), decompose(W))
+    for process in processes:
+        process.communicate(timeout=60)
+    assert [process.returncode for process in processes] == [0, -signal.SIGKILL]
+    (leftover,) = folder.glob(".*")
+    # What is fresh may be another's that is being written.
+    assert len(files(SpectrumCache(folder))) == WEIGHTS + 1
+    os.utime(leftover, (0, 0))
+    assert len(files(SpectrumCache(folder))) == WEIGHTS
+    decompositions.clear()
+    for W in weights:
+        assert same(cache.get(W), decompose(W))
+    assert not decompositions
 
 
 def test_what_was_used_longest_ago_goes_first(tmp_path: Path, decompositions: list[tuple[int, ...]]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,12 +121,14 @@ def build(
     dtype: str = "float32",
     seed: int = 0,
     *,
+    shape: Mapping[str, int] | None = None,
     prepare: Callable[[Any], None] | None = None,
 ) -> Path:
     """Save a random model of the architecture and its tokenizer into `folder`.
 
-    `prepare` sees the model before it is saved. The weights are drawn ten times wider than transformers does:
-    at its 0.02 a tiny model's outputs are all but constant and gradients vanish in rounding.
+    `shape` overrides keys of its config; `prepare` sees the model before it is saved. The weights are drawn ten times
+    wider than transformers does: at its 0.02 a tiny model's outputs are all but constant and gradients vanish in
+    rounding.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -140,7 +142,7 @@ def build(
         bos_token_id=made.eos_token_id,
         eos_token_id=made.eos_token_id,
         pad_token_id=made.pad_token_id,
-        **keys,
+        **{**keys, **(shape or {})},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from workers.progress import OnProgress, Progress
 from workers.pruning import applied
 from workers.ranking import Plan
 from workers.reporting import Findings, make_report
+from workers.rounding import applied_unrounded
 from workers.search import Search, Subject
 from workers.spectrum import Spectrum, SpectrumCache
 from workers.splits import Splits, divide
@@ -29,6 +31,8 @@ from workers.verdict import judge
 
 # Examples whose logits are compared between what is in memory and what was written.
 CHECKED_EXAMPLES = 8
+# Examples that the cost of rounding is measured on.
+ROUNDED_EXAMPLES = 100
 
 
 def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: OnProgress) -> Report:
@@ -71,6 +75,7 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
             outcomes = [search.outcomes[k] for k in shown]
         verdict = judge(outcomes[0], outcomes[-1], splits.sizes, spec.seed, removed=plans[-1].size)
         plan = plans[-1] if verdict.improved else Plan()
+        rounding_loss = _rounding_loss(subject, plan, (splits.test or splits.pool)[:ROUNDED_EXAMPLES])
 
     with progress.stage(Stage.PUBLISHING, "writing the adapter and the model"):
         write_adapter(out / "adapter", spec.model, targets, spectra, plan)
@@ -81,7 +86,7 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
     report = make_report(
         spec,
         model,
-        Findings(subject, splits, search, outcomes, verdict, plan, verification, [*skipped, *unreached]),
+        Findings(subject, splits, search, outcomes, verdict, plan, verification, rounding_loss, [*skipped, *unreached]),
         progress.cost(search.clock, out),
     )
     (out / "report.json").write_text(report.model_dump_json(indent=2))
@@ -121,8 +126,22 @@ def _test(subject: Subject, test: Sequence[Encoded], plan: Plan) -> Outcome:
         return evaluate(subject.model, test, subject.objective, subject.layout)
 
 
+def _rounding_loss(subject: Subject, plan: Plan, examples: Sequence[Encoded]) -> float | None:
+    """By how much the mean loss is higher for the plan's weights being rounded to 16 bits; None for wider models."""
+    if next(subject.model.parameters()).dtype.itemsize > 2:
+        return None
+    if not plan.size:
+        return 0.0
+    shipped = _test(subject, examples, plan)
+    with applied_unrounded(subject.targets, subject.spectra, plan):
+        unrounded = evaluate(subject.model, examples, subject.objective, subject.layout)
+    return float(shipped.loss.mean() - unrounded.loss.mean())
+
+
 def _verify(out: Path, base: Checkpoint, subject: Subject, plan: Plan, examples: Sequence[Encoded]) -> Verification:
-    batch = next(batches(examples, subject.layout)).to(next(base.model.parameters()).device)
+    layout = subject.layout
+    held = replace(layout, tokens=layout.limits.get("forward", layout.tokens))
+    batch = next(batches(examples, held)).to(next(base.model.parameters()).device)
     with applied(subject.targets, subject.spectra, plan), torch.no_grad():
         expected = answer_logits(base.model, batch)
     adapter, merged = reload_check(out, base, batch, expected)

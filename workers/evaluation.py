@@ -6,7 +6,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from service.jobs import Difference, Objective
 from service.reports import Metrics
+from workers.batching import in_batches
 from workers.examples import Batch, Encoded, Layout, batches
 
 Array = npt.NDArray[np.float64]
@@ -122,11 +123,15 @@ def evaluate(
     loss, exact, correct = np.zeros(N), np.zeros(N), np.full(N, np.nan)
     predicted = np.zeros(N, dtype=np.int64)
     device = next(model.parameters()).device
-    for batch in batches(encoded, layout):
+
+    def run(batch: Batch) -> tuple[Scored, Tensor]:
         on_device = batch.to(device)
         scored = scorer(model, on_device)
+        return scored, losses(scored, on_device, objective)
+
+    for batch, (scored, loss_of_each) in in_batches(encoded, layout, "forward", run):
         at = batch.examples
-        loss[at] = losses(scored, on_device, objective).double().cpu().numpy()
+        loss[at] = loss_of_each.double().cpu().numpy()
         exact[at] = scored.exact.double().cpu().numpy()
         predicted[at] = scored.log_probabilities.argmax(1).cpu().numpy()
     # A plan that breaks the model, in float16 say, has the worst of losses, not an unknown one.
@@ -154,11 +159,16 @@ def honours_tree_mask(model: nn.Module, encoded: Sequence[Encoded]) -> bool:
     longest = max((e for e in encoded if e.closed), key=_row_length, default=branchiest)
     device = next(model.parameters()).device
     tolerance = TREE_TOLERANCE if _wide(model) else 0.25
+
+    def run(batch: Batch) -> Tensor:
+        return score(model, batch.to(device)).log_probabilities
+
     for tried in (branchiest, longest):
-        packed, single = (
-            score(model, next(batches([tried], Layout(packed=form))).to(device)).log_probabilities
-            for form in (True, False)
-        )
+        packed = run(next(batches([tried], Layout(packed=True)))).squeeze(0)
+        alone = [replace(tried, continuations=(c,), gold=0, labels=("",)) for c in tried.continuations]
+        single = torch.empty_like(packed)
+        for batch, found in in_batches(alone, Layout(packed=False), "forward", run):
+            single[batch.examples] = found.squeeze(1)
         if not bool((packed - single).abs().max() <= tolerance):
             return False
     return True

@@ -9,8 +9,8 @@ rows. Where a model does not honour such a mask (`evaluation.honours_tree_mask`)
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -141,6 +141,9 @@ TOKEN_BUDGET_CUDA = 8192
 LOGIT_BUDGET = 2**26
 
 
+Work = Literal["forward", "backward"]
+
+
 @dataclass(frozen=True)
 class Layout:
     """How examples are laid out for one model."""
@@ -151,6 +154,9 @@ class Layout:
     """Most tokens in a batch."""
     answers: int = TOKEN_BUDGET
     """Most positions in a batch whose logits are computed."""
+    limits: dict[Work, int] = field(default_factory=dict, compare=False)
+    """Most tokens of a forward alone and of one with its backward, where memory turned out to hold fewer than
+    `tokens`. Lowered by `batching.in_batches`, for all that is done with this layout."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,16 +21,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from service.jobs import Objective
+from workers.batching import free_memory, in_batches
 from workers.evaluation import losses, score
-from workers.examples import Batch, Encoded, Layout, batches
+from workers.examples import Batch, Encoded, Layout
+from workers.memory import is_out_of_memory
 from workers.spectrum import Spectrum
-from workers.targets import Target
+from workers.targets import Target, decoder_blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,44 +53,76 @@ class Effects:
 
 
 class _Recorder:
-    """Hooks of one target: keeps what a forward sent through it until the backward comes."""
+    """One target: adds up its components' effects as gradients come through."""
 
     def __init__(self, target: Target, spectrum: Spectrum, effect: Tensor) -> None:
         self.bias = target.bias
         self.spectrum = spectrum
         self.effect = effect  # (N, rank), added to in place
-        self.rows: Tensor | None = None  # (R,) the example of each row of the batch under way
+        self.rows = torch.empty(0)  # (R,) the example of each row of the batch under way
         self.tokens = 0  # T of the batch under way
-        self.sent: list[Tensor] = []  # a stack, since a module may be called more than once
-        self.called = 0
-        self.reached = 0
+        self.called = False
+        self.reached = False
         self.unattributable = False
         self.seconds = 0.0
 
-    def forward(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        self.called += 1
-        self.sent.append((inputs[0] if self.spectrum.side == "in" else output).detach())
+    def on_input(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Forward pre-hook."""
+        self.called = True
+        return (_Tap.apply(inputs[0], self), *inputs[1:])  # type: ignore[no-untyped-call]
 
-    def backward(
-        self, module: nn.Module, grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]
-    ) -> None:
+    def on_output(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Forward hook."""
+        self.called = True
+        tapped: Tensor = _Tap.apply(output, self)  # type: ignore[no-untyped-call]
+        return tapped
+
+    def attach(self, module: nn.Module) -> RemovableHandle:
+        """Hook the side of the module that the components' basis is of."""
+        if self.spectrum.side == "in":
+            return module.register_forward_pre_hook(self.on_input)
+        return module.register_forward_hook(self.on_output)
+
+    def add(self, value: Tensor, gradient: Tensor) -> None:
+        """Add what one call of the module contributes.
+
+        Args:
+            value: X or Y, (R, T, width) or (R T, width).
+            gradient: dX or D, of the same shape.
+        """
         started = time.perf_counter()
-        sent = self.sent.pop()
-        gradient = grad_inputs[0] if self.spectrum.side == "in" else grad_outputs[0]
-        if gradient is None or self.rows is None:
-            return
         if self.spectrum.side == "out" and self.bias is not None:
-            sent = sent - self.bias
+            value = value - self.bias
         R = self.rows.numel()
-        if sent.shape[0] != (R * self.tokens if sent.ndim == 2 else R):
+        if value.shape[0] != (R * self.tokens if value.ndim == 2 else R):
             self.unattributable = True  # tokens were regrouped, by experts say, and no longer belong to rows
             return
-        self.reached += 1
-        basis = self.spectrum.basis.to(_wide_enough(sent))
+        self.reached = True
+        basis = self.spectrum.basis.to(_wide_enough(value))
         P = gradient.reshape(R, -1, gradient.shape[-1]).to(basis.dtype) @ basis
-        Q = sent.reshape(R, -1, sent.shape[-1]).to(basis.dtype) @ basis
+        Q = value.reshape(R, -1, value.shape[-1]).to(basis.dtype) @ basis
         self.effect.index_add_(0, self.rows, (P * Q).sum(1).to(self.effect.dtype))
         self.seconds += time.perf_counter() - started
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, whose backward shows a recorder the value together with its gradient.
+
+    Autograd itself keeps the value from the forward to the backward: so it is freed as soon as it is used, and is
+    not kept at all but computed again where a block is checkpointed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, recorder: _Recorder) -> Tensor:
+        ctx.save_for_backward(value)
+        ctx.recorder = recorder
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (value,) = ctx.saved_tensors
+        ctx.recorder.add(value, gradients[0])
+        return gradients[0], None
 
 
 def _wide_enough(tensor: Tensor) -> torch.dtype:
@@ -102,9 +139,7 @@ def _hooked(model: nn.Module, targets: Sequence[Target], recorders: Sequence[_Re
             stack.callback(parameter.requires_grad_, True)
         embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
         handles = [embeddings.register_forward_hook(lambda *call: call[2].requires_grad_(True))]
-        for target, recorder in zip(targets, recorders, strict=True):
-            handles.append(target.module.register_forward_hook(recorder.forward))
-            handles.append(target.module.register_full_backward_hook(recorder.backward))
+        handles += [recorder.attach(target.module) for target, recorder in zip(targets, recorders, strict=True)]
         for handle in handles:
             stack.callback(handle.remove)
         yield
@@ -140,9 +175,9 @@ def effects(
     ]
     loss = torch.zeros(N, dtype=dtype)
     done = 0
-    with _hooked(model, targets, recorders):
-        for batch in batches(encoded, layout):
-            loss[batch.examples] = _backward(model, batch, objective, recorders).to("cpu", dtype)
+    with _hooked(model, targets, recorders), _Backward(model, objective, recorders) as backward:
+        for batch, loss_of_each in in_batches(encoded, layout, "backward", backward):
+            loss[batch.examples] = loss_of_each.to("cpu", dtype)
             done += len(batch.examples)
             on_batch(done / N)
     seconds = time.perf_counter() - started
@@ -159,15 +194,54 @@ def effects(
     return Effects(found, loss, seconds, seconds - hooks), unreached
 
 
-def _backward(model: nn.Module, batch: Batch, objective: Objective, recorders: Sequence[_Recorder]) -> Tensor:
-    device = next(model.parameters()).device
-    on_device = batch.to(device)
-    index = torch.tensor(batch.examples, device=device)[on_device.row_example]
-    for recorder in recorders:
-        recorder.rows = index
-        recorder.tokens = batch.input_ids.shape[1]
-        recorder.sent.clear()
-    with torch.enable_grad():
-        loss = losses(score(model, on_device), on_device, objective)
-        loss.sum().backward()  # type: ignore[no-untyped-call]
-    return loss.detach()
+class _Backward(ExitStack):
+    """Forward and backward of one batch. From the first example on that alone is too much for memory, blocks are
+    checkpointed: they keep their inputs alone and are computed again in the backward."""
+
+    def __init__(self, model: nn.Module, objective: Objective, recorders: Sequence[_Recorder]) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.recorders = recorders
+        self.checkpointing = False
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """(E,): the examples' losses."""
+        try:
+            return self._run(batch)
+        except Exception as error:
+            if self.checkpointing or len(batch.examples) > 1 or not is_out_of_memory(error):
+                raise
+        free_memory()
+        self.enter_context(checkpointed(self.model))
+        self.checkpointing = True
+        return self._run(batch)
+
+    def _run(self, batch: Batch) -> Tensor:
+        device = next(self.model.parameters()).device
+        on_device = batch.to(device)
+        examples = torch.tensor(batch.examples, device=device)
+        for recorder in self.recorders:
+            recorder.rows = examples[on_device.row_example]
+            recorder.tokens = batch.input_ids.shape[1]
+            recorder.effect[examples] = 0  # of an attempt that ran out of memory half way
+        with torch.enable_grad():
+            loss = losses(score(self.model, on_device), on_device, self.objective)
+            loss.sum().backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+
+@contextmanager
+def checkpointed(model: nn.Module) -> Iterator[None]:
+    """Every decoder block keeps only its input for the backward and is computed again there.
+
+    Not by transformers' own switch, which works in training mode alone, where dropout would change the gradients.
+    """
+    with ExitStack() as stack:
+        for block in decoder_blocks(model)[1]:
+            before = vars(block).get("forward")
+            again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            object.__setattr__(block, "forward", again)
+            undo = partial(object.__delattr__, block, "forward")
+            stack.callback(undo if before is None else partial(object.__setattr__, block, "forward", before))
+        yield

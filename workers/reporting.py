@@ -34,6 +34,7 @@ class Findings:
     plan: Plan
     """What is returned: empty if that is the base."""
     verification: Verification
+    rounding_loss: float | None
     skipped: list[SkippedModule]
 
 
@@ -74,6 +75,7 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
         plan=_plan_entries(found.subject, found.plan),
         skipped_modules=found.skipped,
         verification=found.verification,
+        rounding_loss=found.rounding_loss,
         cost=cost,
         versions={name: importlib.metadata.version(name) for name in PACKAGES}
         | {"python": platform.python_version(), "platform": platform.platform()},

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ from torch import Tensor
 FORMAT = b"c2i-spectrum-1"
 # A cached factor weighs about half of its matrix; this holds those of some twenty models of 1 B parameters.
 CACHE_LIMIT_BYTES = 40 * 2**30
+# A file that is being written is renamed within seconds: one older than this was left by a writer that was killed.
+LEFTOVER_SECONDS = 3600.0
+_WRITING = ".writing-"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -89,6 +93,7 @@ class SpectrumCache:
         self.folder = folder
         self.limit_bytes = limit_bytes
         folder.mkdir(parents=True, exist_ok=True)
+        self._drop_leftovers()
 
     def get(self, W: Tensor) -> Spectrum:
         """The spectrum of W (out, in): read if it is here, else computed and kept."""
@@ -106,13 +111,21 @@ class SpectrumCache:
         # A full disk or a folder that is gone costs the cache, not the job.
         with suppress(OSError):
             self._make_room(len(payload) + _DIGEST_BYTES)
-            handle, name = tempfile.mkstemp(dir=self.folder, prefix=".writing-")
+            handle, name = tempfile.mkstemp(dir=self.folder, prefix=_WRITING)
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.write(hashlib.sha256(payload).digest() + payload)
                 Path(name).replace(path)
             except OSError:
                 Path(name).unlink(missing_ok=True)
+
+    def _drop_leftovers(self) -> None:
+        """Remove what killed writers left half written."""
+        before = time.time() - LEFTOVER_SECONDS
+        for path in self.folder.glob(f"{_WRITING}*"):
+            with suppress(OSError):  # another process drops it too
+                if path.stat().st_mtime < before:
+                    path.unlink()
 
     def _make_room(self, needed: int) -> None:
         """Drop the least recently used files until `needed` bytes fit under the limit."""
