@@ -7,7 +7,7 @@ What a client sends (`JobSpec`), what a job looks like from outside (`Job`), wha
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Literal, Self
@@ -131,6 +131,12 @@ class JobSpec(Strict):
         check_model_id(self.model)
         check_examples(self)
         return self
+
+    def located(self) -> Iterator[tuple[str, Example]]:
+        """Every example with its place, `examples[3]` say."""
+        for name, split in (("examples", self.examples), ("validation", self.validation), ("test", self.test)):
+            for i, example in enumerate(split or ()):
+                yield f"{name}[{i}]", example
 
     @classmethod
     def parse(cls, data: object) -> Self:

@@ -14,6 +14,7 @@ from service.errors import UnusableModel
 from service.jobs import JobSpec, Stage
 from service.models import Model
 from service.reports import Report, SkippedModule, Verification
+from workers import masked
 from workers.checkpoints import Checkpoint, load, reload_check, write_adapter, write_model
 from workers.evaluation import Outcome, answer_logits, evaluate, honours_tree_mask
 from workers.examples import LOGIT_BUDGET, TOKEN_BUDGET, TOKEN_BUDGET_CUDA, Encoded, Layout, batches, encode
@@ -73,7 +74,7 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
         plan = plans[-1] if verdict.improved else Plan()
 
     with progress.stage(Stage.PUBLISHING, "writing the adapter and the model"):
-        write_adapter(out / "adapter", spec.model, targets, spectra, plan)
+        write_adapter(out / "adapter", spec.model, targets, spectra, plan, masked=base.masked)
         write_model(out / "model", base, targets, spectra, plan)
         verification = _verify(out, base, subject, plan, (splits.test or splits.pool)[:CHECKED_EXAMPLES])
 
@@ -89,10 +90,11 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
 
 
 def _encode(spec: JobSpec, base: Checkpoint, context: int | None) -> Splits:
+    encode_split = masked.encode if base.masked else encode
     examples, validation, test = (
         None
         if split is None
-        else encode(split, base.tokenizer, prompt_format=spec.prompt_format, context=context, name=name)
+        else encode_split(split, base.tokenizer, prompt_format=spec.prompt_format, context=context, name=name)
         for name, split in (("examples", spec.examples), ("validation", spec.validation), ("test", spec.test))
     )
     return divide(examples or [], validation, test, spec.seed)
