@@ -77,8 +77,10 @@ class _Recorder:
         if self.spectrum.side == "out" and self.bias is not None:
             sent = sent - self.bias
         R = self.rows.numel()
-        if sent.shape[0] != (R * self.tokens if sent.ndim == 2 else R):
-            self.unattributable = True  # tokens were regrouped, by experts say, and no longer belong to rows
+        if sent.shape[0] != (R * self.tokens if sent.ndim == 2 else R) or sent.shape[:-1] != gradient.shape[:-1]:
+            # Tokens were regrouped, by experts say, and no longer belong to rows; or DeBERTa's projections of tokens
+            # had embeddings of distances besides, to which no gradient goes.
+            self.unattributable = True
             return
         self.reached += 1
         basis = self.spectrum.basis.to(_wide_enough(sent))
