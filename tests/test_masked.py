@@ -389,7 +389,7 @@ REFUSALS: dict[str, tuple[Callable[[str], dict[str, Any]], str, str]] = {
 @pytest.mark.parametrize("refused", REFUSALS)
 @pytest.mark.parametrize("architecture", MAIN)
 def test_api_and_worker_refuse_in_the_same_words_what_has_no_place_for_its_answer(
-    architecture: str, refused: str, tiny_models: TinyModels
+    architecture: str, refused: str, tiny_models: TinyModels, tmp_path: Path
 ) -> None:
     folder = tiny_models(architecture)
     mask = mask_of(folder)
@@ -401,7 +401,9 @@ def test_api_and_worker_refuse_in_the_same_words_what_has_no_place_for_its_answe
         check_masks(model, spec)
     with pytest.raises(InvalidInput) as in_worker:
         encoded(folder, spec.examples)
-    assert in_api.value.body() == in_worker.value.body()
+    with pytest.raises(InvalidInput) as before_loading:
+        Run(folder, tmp_path, tmp_path, examples=spoilt(mask, **change(mask)))
+    assert in_api.value.body() == in_worker.value.body() == before_loading.value.body()
     assert in_api.value.param == param
     assert mask in in_api.value.message
 

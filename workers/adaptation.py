@@ -12,6 +12,7 @@ import torch
 
 from service.errors import UnusableModel
 from service.jobs import JobSpec, Stage
+from service.masks import check_masks
 from service.models import Model
 from service.reports import Report, SkippedModule, Verification
 from workers import masked
@@ -46,6 +47,7 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
     Raises:
         C2IError: for what its user can act on.
     """
+    check_masks(model, spec)
     progress = Progress(spec.passes, on_progress)
     with progress.stage(Stage.LOADING, "loading the model"):
         base = load(model.folder)

@@ -1,10 +1,11 @@
 """Examples of a masked language model (RoBERTa, BERT, DistilBERT): the answer stands for a mask within the prompt.
 
 An answer of k tokens takes k mask tokens in its place, all predicted in one forward pass, each while the others are
-masked; its log-probability is the sum over the k positions. With one token that is what LASER's experiments with
-RoBERTa do (https://github.com/pratyushasharma/laser, `src/intervention_roberta_*.py`), which take no others. The
-number of masks tells the model how long an answer is: choices of different lengths are compared each in a row of
-its own.
+masked; its total log-probability is the sum over the k positions. So LASER scores answers and choices with RoBERTa
+(https://github.com/pratyushasharma/laser, `src/intervention_roberta_*.py`). Two things differ: LASER lets the model
+fill five masks for an open answer and looks for the answer in the text, here exact match is the arg-max at each of k
+masks; and rows keep the special tokens at both ends, which LASER leaves out for answers of several tokens. The number
+of masks tells the model how long an answer is: choices of different lengths are compared each in a row of its own.
 
 A blank before the mask belongs to the answer: RoBERTa's mask token swallows it and stands for `ĠParis`. So the
 answer's tokens are those by which the tokenised prompt changes when the answer is put where the mask was.
