@@ -96,7 +96,8 @@ Text = Annotated[str, StringConstraints(strict=True, max_length=1_000_000)]
 
 
 class Example(Strict):
-    """One prompt with its gold completion and, for a closed task, the options it is one of."""
+    """One prompt with its gold completion and, for a closed task, the options it is one of. For a masked language
+    model the prompt holds the mask token once, where the completion belongs."""
 
     prompt: Text
     completion: Text
