@@ -7,7 +7,7 @@ What a client sends (`JobSpec`), what a job looks like from outside (`Job`), wha
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Literal, Self
@@ -96,7 +96,8 @@ Text = Annotated[str, StringConstraints(strict=True, max_length=1_000_000)]
 
 
 class Example(Strict):
-    """One prompt with its gold completion and, for a closed task, the options it is one of."""
+    """One prompt with its gold completion and, for a closed task, the options it is one of. For a masked language
+    model the prompt holds the mask token once, where the completion belongs."""
 
     prompt: Text
     completion: Text
@@ -131,6 +132,12 @@ class JobSpec(Strict):
         check_model_id(self.model)
         check_examples(self)
         return self
+
+    def located(self) -> Iterator[tuple[str, Example]]:
+        """Every example with its place, `examples[3]` say."""
+        for name, split in (("examples", self.examples), ("validation", self.validation), ("test", self.test)):
+            for i, example in enumerate(split or ()):
+                yield f"{name}[{i}]", example
 
     @classmethod
     def parse(cls, data: object) -> Self:

@@ -17,7 +17,9 @@ from tokenizers import Tokenizer
 
 from service.errors import UnusableModel
 from service.jobs import Example, JobSpec, PromptFormat
+from service.masks import fill
 from service.models import Model, too_long
+from service.tokenizer_files import head
 
 # Special tokens that a post-processor may add, and a blank that a pre-tokenizer may prepend.
 MARGIN_TOKENS = 64
@@ -46,7 +48,7 @@ def check_lengths(model: Model, spec: JobSpec) -> None:
     growth = _growth(*key)
     long = [
         (at, example)
-        for at, example in _all(spec)
+        for at, example in spec.located()
         if growth is None or growth * _bytes(example) + MARGIN_TOKENS > limit
     ]
     if not long:
@@ -56,8 +58,13 @@ def check_lengths(model: Model, spec: JobSpec) -> None:
     answers = list(dict.fromkeys(answer for _, example in long for answer in _answers(example)))
     lengths = dict(zip(answers, _count(tokenizer, answers), strict=True))
     # Prompt and answer together, as the worker does: a token may span their border.
-    whole = [example.prompt + max(_answers(example), key=lambda answer: lengths[answer]) for _, example in long]
-    special = _special_prefix(tokenizer) if spec.prompt_format is PromptFormat.TEXT else 0
+    longest = [(example.prompt, max(_answers(example), key=lambda answer: lengths[answer])) for _, example in long]
+    if model.mask_token is not None:
+        whole = [fill(prompt, model.mask_token, answer) for prompt, answer in longest]
+        special = tokenizer.num_special_tokens_to_add(False)
+    else:
+        whole = [prompt + answer for prompt, answer in longest]
+        special = _special_prefix(tokenizer) if spec.prompt_format is PromptFormat.TEXT else 0
     for (at, _), tokens in zip(long, _count(tokenizer, whole), strict=True):
         if special + tokens > limit:
             raise too_long(at, special + tokens, limit)
@@ -71,12 +78,6 @@ def _special_prefix(tokenizer: Tokenizer) -> int:
     """How many special tokens the tokenizer puts before a text."""
     bare, full = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
     return next((start for start in range(len(full)) if full[start : start + len(bare)] == bare), 0)
-
-
-def _all(spec: JobSpec) -> Iterator[tuple[str, Example]]:
-    for name, split in (("examples", spec.examples), ("validation", spec.validation), ("test", spec.test)):
-        for i, example in enumerate(split or ()):
-            yield f"{name}[{i}]", example
 
 
 def _answers(example: Example) -> Sequence[str]:
@@ -100,26 +101,9 @@ def _tokenizer(path: Path, size: int, changed: int) -> Tokenizer:
 
 @lru_cache(maxsize=256)
 def _growth(path: Path, size: int, changed: int) -> int | None:
-    """Tokens a byte of text, at most; None where that is unknown.
-
-    The normalizer stands before the vocabulary, which is the bulk of the file and is not decoded: reading it would
-    cost the first request 0.1 to 1 s.
-    """
-    text = path.read_text(encoding="utf-8", errors="replace")
-    decoder = json.JSONDecoder()
-    at = text.find("{") + 1
-    parts: dict[str, Any] = {}
-    try:
-        while not {"normalizer", "pre_tokenizer", "post_processor"} <= parts.keys():
-            at = text.index('"', at)
-            key, at = decoder.raw_decode(text, at)
-            if key == "model":
-                return None
-            at = text.index(":", at) + 1
-            while text[at].isspace():
-                at += 1
-            parts[key], at = decoder.raw_decode(text, at)
-    except (ValueError, IndexError, RecursionError):
+    """Tokens a byte of text, at most; None where that is unknown."""
+    parts = head(path)
+    if parts is None:
         return None
     if len(json.dumps(parts["post_processor"])) > 40 * MARGIN_TOKENS:
         return None

@@ -17,6 +17,7 @@ from typing import Any
 
 from service.errors import C2IError, InvalidInput, ModelNotFound, UnusableModel
 from service.jobs import MODEL_ID, check_model_id
+from service.tokenizer_files import mask_token
 
 # Written by a download from the Hub: the commit that was resolved.
 REVISION_FILE = ".revision"
@@ -24,6 +25,13 @@ MAX_HEADER_BYTES = 100_000_000
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 # Written by transformers itself into configs (the last for Gemma 3): names and a number that choose no code.
 INERT_KEYS = frozenset({"_name_or_path", "_model_name_or_path", "_commit_hash", "_sliding_window_pattern"})
+# Their positions begin behind the padding token's, so that a 514 in the config means 512 tokens.
+POSITIONS_BEHIND_PADDING = frozenset(
+    {
+        *("camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta"),
+        *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+    }
+)
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
 
 
@@ -42,6 +50,11 @@ class Model:
     bytes: int
     chat: bool
     """Whether its tokenizer has a chat template."""
+    masked: bool
+    """Whether it is a masked language model; else it is a causal one."""
+    mask_token: str | None
+    """Of a masked language model: what stands once in each prompt, where the answer belongs. None where its files do
+    not say."""
 
 
 def find_models(root: Path) -> Iterator[tuple[str, Model | C2IError]]:
@@ -118,6 +131,8 @@ def _read(root: Path, model_id: str, files: tuple[tuple[str, int, int], ...]) ->
         dtype=max(dtypes, key=lambda name: dtypes[name], default="unknown"),
         bytes=sum(size for _, size, _ in files),
         chat=bool(tokenizer_config.get("chat_template")) or (folder / "chat_template.jinja").is_file(),
+        masked=is_masked(config),
+        mask_token=mask_token(folder, tokenizer_config) if is_masked(config) else None,
     )
 
 
@@ -170,13 +185,22 @@ def weight_files(folder: Path) -> list[Path]:
 
 def context_length(config: dict[str, Any]) -> int | None:
     """The most tokens that the model takes, None where its config does not say."""
+    reserved = 0
+    if is_masked(config) and config.get("model_type") in POSITIONS_BEHIND_PADDING:
+        padding = config.get("pad_token_id")
+        reserved = 1 + (padding if isinstance(padding, int) else 1)  # 1 is the default of all of them
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
             for key in CONTEXT_KEYS:
                 value = part.get(key)
                 if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                    return value
+                    return value - reserved
     return None
+
+
+def is_masked(config: dict[str, Any]) -> bool:
+    """Whether a config is a masked language model's: RoBERTa's, BERT's, DistilBERT's."""
+    return any(str(name).endswith("ForMaskedLM") for name in config.get("architectures") or ())
 
 
 def too_long(at: str, tokens: int, limit: int) -> InvalidInput:

@@ -25,6 +25,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_models: Callable[..., 
     data = tmp_path_factory.mktemp("served")
     install(tiny_models("gpt2"), data, "tiny-gpt2")
     install(tiny_models("llama"), data, "owner/tiny.llama")
+    install(tiny_models("roberta"), data, "tiny-roberta")
     install(tiny_models("llama"), data, "no-template")
     (data / "models" / "no-template" / "chat_template.jinja").unlink()
     running = ServeProcess(data)
@@ -77,6 +78,19 @@ def test_an_idle_worker_starts_a_job_at_once(server: ServeProcess, job: dict[str
     fresh = run(server.http, model="tiny-gpt2", examples=tiny.learnable_examples(40))
     waited = datetime.fromisoformat(fresh["started_at"]) - datetime.fromisoformat(fresh["created_at"])
     assert waited.total_seconds() < 0.3
+
+
+def test_a_masked_language_model_is_listed_adapted_and_told_where_a_mask_is_missing(server: ServeProcess) -> None:
+    listed = {model["id"]: model.get("mask_token") for model in server.http.get("/v1/models").json()["data"]}
+    assert (listed["tiny-roberta"], listed["tiny-gpt2"]) == ("<mask>", None)
+    examples = [row | {"prompt": f"{row['prompt']} <mask>."} for row in tiny.learnable_examples(60)]
+    done = run(server.http, model="tiny-roberta", examples=examples)
+    assert done["status"] == "succeeded", done["error"]
+    examples[3]["prompt"] = "no place for an answer"
+    refused = server.http.post("/v1/jobs", json=spec(model="tiny-roberta", examples=examples))
+    assert refused.status_code == 422
+    assert refused.json()["error"]["param"] == "examples[3].prompt"
+    assert "<mask>" in refused.json()["error"]["message"]
 
 
 # PEFT asks transformers for what transformers calls deprecated.

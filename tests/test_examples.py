@@ -239,6 +239,7 @@ def read_back(examples: Sequence[Encoded], layout: Layout) -> dict[int, list[lis
                 seen = batch.visible[row, position]
             else:
                 seen = batch.visible[row] & (torch.arange(batch.visible.shape[1]) <= position)
+            assert batch.position_ids is not None
             positions = batch.position_ids[row][seen].tolist()
             assert positions == list(range(len(positions)))
             slot = slots[continuation]

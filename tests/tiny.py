@@ -53,6 +53,57 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
+def masked_bpe() -> PreTrainedTokenizerFast:
+    """As RoBERTa's: a byte-level BPE whose mask token swallows the blank before it; padding is token 1."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(CORPUS * 3, trainer)
+    bpe.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        mask_token=AddedToken("<mask>", lstrip=True, special=True),
+        model_max_length=CONTEXT,
+    )
+
+
+def wordpiece() -> PreTrainedTokenizerFast:
+    """As BERT's: lower case, words in pieces, no blanks."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer(lowercase=True)
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    made.train_from_iterator([*CORPUS * 3, "item 0123456789 9876543210"], trainer)
+    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        mask_token="[MASK]",
+        model_max_length=CONTEXT,
+    )
+
+
 def _rotary(**more: Any) -> dict[str, Any]:
     """The keys that Llama's descendants share: grouped-query attention, a gated feed-forward."""
     return {
@@ -114,6 +165,45 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+_BERT = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+}
+
+# Masked language models. RoBERTa's positions begin behind its padding token's; MobileBERT never calls its head;
+# ALBERT's layers are one that is called again and again; ModernBERT sees a window in some of its layers; DeBERTa's
+# query and key projections also take embeddings of distances.
+MASKED: dict[str, tuple[str, dict[str, Any]]] = {
+    "roberta": ("roberta", _BERT | {"max_position_embeddings": CONTEXT + 2}),
+    "bert": ("bert", _BERT),
+    "distilbert": (
+        "distilbert",
+        {"dim": HIDDEN, "hidden_dim": 48, "n_layers": LAYERS, "n_heads": 4, "max_position_embeddings": CONTEXT},
+    ),
+    "albert": ("albert", _BERT | {"embedding_size": 16}),
+    "mobilebert": (
+        "mobilebert",
+        _BERT
+        | {"embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16, "num_feedforward_networks": 2},
+    ),
+    "modernbert": ("modernbert", _BERT | {"num_hidden_layers": 3, "local_attention": 16}),
+    "deberta": (
+        "deberta-v2",
+        _BERT | {"relative_attention": True, "share_att_key": True, "pos_att_type": ["p2c", "c2p"]},
+    ),
+}
+BYTE_LEVEL_MASKED = frozenset({"roberta", "modernbert"})
+
+
+def tokenizer_for(architecture: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a tiny model."""
+    if architecture not in MASKED:
+        return tokenizer()
+    return masked_bpe() if architecture in BYTE_LEVEL_MASKED else wordpiece()
+
 
 def build(
     architecture: str,
@@ -131,10 +221,11 @@ def build(
     rounding.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-    made = tokenizer()
-    model_type, keys = (ARCHITECTURES | MIXTURES)[architecture]
+    made = tokenizer_for(architecture)
+    model_type, keys = (ARCHITECTURES | MIXTURES | MASKED)[architecture]
+    auto_model: Any = AutoModelForMaskedLM if architecture in MASKED else AutoModelForCausalLM
     config = AutoConfig.for_model(
         model_type,
         vocab_size=len(made) + 8,  # as real models have: more rows than tokens, and Qwen's tokenizer adds one
@@ -146,7 +237,7 @@ def build(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model = auto_model.from_config(config, dtype=getattr(torch, dtype))
         # Biases start at zero and norms at one everywhere: a bug that swaps or drops them would not show.
         with torch.no_grad():
             for parameter in model.parameters():

@@ -13,8 +13,10 @@ import torch
 
 from service.errors import UnusableModel
 from service.jobs import JobSpec, Stage
+from service.masks import check_masks
 from service.models import Model
 from service.reports import Report, SkippedModule, Verification
+from workers import masked
 from workers.checkpoints import Checkpoint, load, reload_check, write_adapter, write_model
 from workers.evaluation import Outcome, answer_logits, evaluate, honours_tree_mask
 from workers.examples import LOGIT_BUDGET, TOKEN_BUDGET, TOKEN_BUDGET_CUDA, Encoded, Layout, batches, encode
@@ -49,6 +51,7 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
     Raises:
         C2IError: for what its user can act on.
     """
+    check_masks(model, spec)
     progress = Progress(spec.passes, on_progress)
     with progress.stage(Stage.LOADING, "loading the model"):
         base = load(model.folder)
@@ -78,7 +81,7 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
         rounding_loss = _rounding_loss(subject, plan, (splits.test or splits.pool)[:ROUNDED_EXAMPLES])
 
     with progress.stage(Stage.PUBLISHING, "writing the adapter and the model"):
-        write_adapter(out / "adapter", spec.model, targets, spectra, plan)
+        write_adapter(out / "adapter", spec.model, targets, spectra, plan, masked=base.masked)
         write_model(out / "model", base, targets, spectra, plan)
         verification = _verify(out, base, subject, plan, (splits.test or splits.pool)[:CHECKED_EXAMPLES])
 
@@ -94,10 +97,11 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
 
 
 def _encode(spec: JobSpec, base: Checkpoint, context: int | None) -> Splits:
+    encode_split = masked.encode if base.masked else encode
     examples, validation, test = (
         None
         if split is None
-        else encode(split, base.tokenizer, prompt_format=spec.prompt_format, context=context, name=name)
+        else encode_split(split, base.tokenizer, prompt_format=spec.prompt_format, context=context, name=name)
         for name, split in (("examples", spec.examples), ("validation", spec.validation), ("test", spec.test))
     )
     return divide(examples or [], validation, test, spec.seed)

@@ -7,6 +7,7 @@ the pruned weights changed.
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,12 +20,12 @@ from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from service.errors import InternalError, UnusableModel
-from service.models import weight_files
+from service.models import is_masked, read_config, weight_files
 from workers.evaluation import answer_logits
 from workers.examples import Batch, Tokenizer
 from workers.memory import is_out_of_memory
@@ -49,17 +50,22 @@ class Checkpoint:
     model: nn.Module
     tokenizer: Tokenizer
     dtype: torch.dtype
+    masked: bool
+    """Whether it is a masked language model; else it is a causal one."""
 
 
 def load_model(folder: Path) -> nn.Module:
     """The model in the dtype of its checkpoint, on the GPU if there is one, its dropout off.
 
+    Masked or causal, as its config's architecture says.
+
     Raises:
         UnusableModel: if transformers cannot load it, or the checkpoint lacks weights.
     """
     transformers_logging.disable_progress_bar()
+    masked = is_masked(read_config(folder))
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(
             folder,
             dtype="auto",
             trust_remote_code=False,
@@ -71,9 +77,13 @@ def load_model(folder: Path) -> nn.Module:
         if is_out_of_memory(error):
             raise
         raise UnusableModel(
-            f"transformers cannot load this model as a causal language model ({type(error).__name__})", param="model"
+            f"transformers cannot load this model as a {'masked' if masked else 'causal'} language model "
+            f"({type(error).__name__})",
+            param="model",
         ) from error
     model, info = loaded
+    if masked and "attention_mask" not in inspect.signature(model.forward).parameters:
+        raise UnusableModel("it takes no attention mask: padding would change its answers", param="model")
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UnusableModel(f"the checkpoint lacks {len(missing)} weights, {missing[0]} first", param="model")
@@ -90,16 +100,26 @@ def load(folder: Path) -> Checkpoint:
         raise UnusableModel(
             f"transformers cannot load this model's tokenizer ({type(error).__name__})", param="model"
         ) from error
-    return Checkpoint(folder, model, tokenizer, next(model.parameters()).dtype)
+    masked = is_masked(read_config(folder))
+    if masked and tokenizer.mask_token is None:
+        raise UnusableModel("its tokenizer has no mask token, which a masked language model needs", param="model")
+    return Checkpoint(folder, model, tokenizer, next(model.parameters()).dtype, masked)
 
 
 def write_adapter(
-    folder: Path, model_id: str, targets: Sequence[Target], spectra: Mapping[str, Spectrum], plan: Plan
+    folder: Path,
+    model_id: str,
+    targets: Sequence[Target],
+    spectra: Mapping[str, Spectrum],
+    plan: Plan,
+    *,
+    masked: bool = False,
 ) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json`.
 
     Scaling is 1 for every module, and for the whole adapter too: a server that reads `r` and `lora_alpha` but no
-    pattern does the same. An empty plan is an adapter of one rank that is zero.
+    pattern does the same. An empty plan is an adapter of one rank that is zero. PEFT knows no task type for a
+    masked language model.
     """
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -114,7 +134,7 @@ def write_adapter(
         tensors[f"base_model.model.{target.name}.lora_B.weight"] = B.cpu()
     r = max(ranks.values())
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=None if masked else "CAUSAL_LM",
         base_model_name_or_path=model_id,
         inference_mode=True,
         r=r,

@@ -34,14 +34,15 @@ class Scored:
     log_probabilities: Tensor
     """(E, most choices): total log-probability of each continuation, -inf where an example has fewer."""
     exact: Tensor
-    """(E,) bool: greedy decoding gives the completion's tokens."""
+    """(E,) bool: greedy decoding gives the completion's tokens; with masks, their arg-max does."""
 
 
 def score(model: nn.Module, batch: Batch) -> Scored:
     """One forward pass; log-probabilities in float32 (float64 for a float64 model).
 
     Greedy decoding yields the completion exactly if, each token of it given, the next one has the largest logit:
-    so `exact` needs no decoding loop.
+    so `exact` needs no decoding loop. With masks the total is the sum over the answer's positions, all predicted in
+    this one pass while the others are masked, and `exact` takes the arg-max of each.
     """
     logits = answer_logits(model, batch)
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -70,18 +71,28 @@ def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
         dtype = next(model.parameters()).dtype
         seen = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
         mask = seen.masked_fill(~mask, torch.finfo(dtype).min)[:, None]
-    arguments: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": mask, "use_cache": False}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        arguments["position_ids"] = batch.position_ids
+    arguments: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": mask}
+    if batch.position_ids is None:
+        arguments["attention_mask"] = mask.long()  # as tokenizers give it: not every encoder takes booleans
+    else:
+        arguments["use_cache"] = False
+        if "position_ids" in inspect.signature(model.forward).parameters:
+            arguments["position_ids"] = batch.position_ids
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-    handle = head.register_forward_pre_hook(
-        lambda _, inputs: (inputs[0][batch.query_row, batch.query_position].unsqueeze(0), *inputs[1:])
-    )
+    head_called = False
+
+    def queries_only(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal head_called
+        head_called = True
+        return inputs[0][batch.query_row, batch.query_position].unsqueeze(0), *inputs[1:]
+
+    handle = head.register_forward_pre_hook(queries_only)
     try:
         logits: Tensor = model(**arguments).logits
     finally:
         handle.remove()
-    return logits.squeeze(0)
+    # MobileBERT multiplies by its head's weight and calls no head.
+    return logits.squeeze(0) if head_called else logits[batch.query_row, batch.query_position]
 
 
 def losses(scored: Scored, batch: Batch, objective: Objective) -> Tensor:
@@ -147,8 +158,11 @@ def honours_tree_mask(model: nn.Module, encoded: Sequence[Encoded]) -> bool:
     """Whether packed rows give what single rows give, tried on the example with the most branches and on the one
     with the longest row.
 
-    A model with positions of its own making, with a recurrence, or with a window shorter than the rows does not.
+    A model with positions of its own making, with a recurrence, or with a window shorter than the rows does not;
+    answers in the place of masks form no tree.
     """
+    if encoded[0].mask_at is not None:
+        return False
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
     config: Any = getattr(model, "config", None)

@@ -4,6 +4,9 @@ All continuations of a prompt that a loss needs (one, or every choice) form a pr
 the packed layout the prompt and its whole tree are one row: a node attends to the prompt and its own ancestors
 only, and stands at the position it would have alone. Ten choices of two tokens cost ten tokens more, not ten
 rows. Where a model does not honour such a mask (`evaluation.honours_tree_mask`), each path of the tree is a row.
+
+In an example of a masked language model (`workers.masked`) the continuations stand for a mask token within the
+prompt, and those of equally many tokens share a row.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ class Tokenizer(Protocol):
     """What is used of a transformers tokenizer."""
 
     chat_template: str | None
+    mask_token: str | None
+    mask_token_id: int | None
 
     def __call__(self, text: list[str], *, add_special_tokens: bool) -> Mapping[str, list[list[int]]]: ...
     def apply_chat_template(
@@ -42,6 +47,8 @@ class Encoded:
     """Index of the completion in `continuations`."""
     labels: tuple[str, ...]
     """The texts of `continuations`."""
+    mask_at: int | None = None
+    """Index in `prompt` of the mask token that a continuation stands for; None where it follows the prompt."""
 
     @property
     def closed(self) -> bool:
@@ -51,7 +58,8 @@ class Encoded:
     @property
     def length(self) -> int:
         """Tokens of the prompt and its longest continuation."""
-        return len(self.prompt) + max(map(len, self.continuations))
+        own_mask = 0 if self.mask_at is None else 1
+        return len(self.prompt) - own_mask + max(map(len, self.continuations))
 
 
 def encode(
@@ -169,9 +177,9 @@ class Batch:
     row_example: Tensor
     """(R,) int64: index into `examples` of each row."""
     input_ids: Tensor
-    """(R, T) int64, padded on the left."""
-    position_ids: Tensor
-    """(R, T) int64."""
+    """(R, T) int64, padded on the left; with masks, on the right."""
+    position_ids: Tensor | None
+    """(R, T) int64; None with masks: such models count by themselves, RoBERTa's from its padding token's ID on."""
     visible: Tensor
     """(R, T) bool: 0 for padding; or (R, T, T) bool, [r, query, key], where rows hold trees."""
     query_row: Tensor
@@ -214,19 +222,32 @@ def batches(encoded: Sequence[Encoded], layout: Layout) -> Iterator[Batch]:
     pending: list[int] = []
     rows = width = answers = 0
     for i in sorted(range(len(encoded)), key=lambda i: (-encoded[i].length, i)):
-        paths, nodes = _tree(encoded[i])
-        own_rows = 1 if layout.packed else len(paths)
-        behind = len(nodes) if layout.packed else max(map(len, paths))
+        own_rows, own_width, more = _size(encoded[i], packed=layout.packed)
         grown = rows + own_rows
-        wider = max(width, len(encoded[i].prompt) + behind)
-        more = 1 + (len(nodes) if layout.packed else sum(map(len, paths)))
+        wider = max(width, own_width)
         if pending and (grown * wider > layout.tokens or answers + more > layout.answers):
             yield _lay_out(encoded, pending, packed=layout.packed)
-            pending, grown, wider, answers = [], own_rows, len(encoded[i].prompt) + behind, 0
+            pending, grown, wider, answers = [], own_rows, own_width, 0
         pending.append(i)
         rows, width, answers = grown, wider, answers + more
     if pending:
         yield _lay_out(encoded, pending, packed=layout.packed)
+
+
+def _size(example: Encoded, *, packed: bool) -> tuple[int, int, int]:
+    """An example's rows, the tokens of the longest, and its queries, or a few more."""
+    if example.mask_at is not None:
+        counts = _mask_counts(example)
+        return len(counts), example.length, sum(counts)
+    paths, nodes = _tree(example)
+    if packed:
+        return 1, len(example.prompt) + len(nodes), 1 + len(nodes)
+    return len(paths), len(example.prompt) + max(map(len, paths)), 1 + sum(map(len, paths))
+
+
+def _mask_counts(example: Encoded) -> list[int]:
+    """The numbers of tokens that its continuations have: each is a row with so many masks."""
+    return sorted({len(tokens) for tokens in example.continuations})
 
 
 def _tree(example: Encoded) -> tuple[list[tuple[int, ...]], dict[tuple[int, ...], int]]:
@@ -240,13 +261,82 @@ def _tree(example: Encoded) -> tuple[list[tuple[int, ...]], dict[tuple[int, ...]
     return [path for path in nodes if path not in inner] or [()], nodes
 
 
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """The rows of a batch; the tensors as in `Batch`."""
+
+    row_example: list[int]
+    input_ids: Tensor
+    position_ids: Tensor | None
+    visible: Tensor
+    places: list[list[list[tuple[int, int]]]]
+    """For each example, continuation and token: the row and the position in it that predict the token."""
+
+
 def _lay_out(encoded: Sequence[Encoded], chosen: list[int], *, packed: bool) -> Batch:
+    examples = [encoded[i] for i in chosen]
+    masked = examples[0].mask_at is not None
+    rows = _mask_rows(examples) if masked else _tree_rows(examples, packed=packed)
+    queries: dict[tuple[int, int], int] = {}
+    token_query: list[int] = []
+    token_id: list[int] = []
+    token_continuation: list[int] = []
+    slots: list[int] = []
+    most_choices = max(len(example.continuations) for example in examples)
+    for e, example in enumerate(examples):
+        for c, tokens in enumerate(example.continuations):
+            for place, token in zip(rows.places[e][c], tokens, strict=True):
+                token_query.append(queries.setdefault(place, len(queries)))
+                token_id.append(token)
+                token_continuation.append(len(slots))
+            slots.append(e * most_choices + c)
+    return Batch(
+        examples=list(chosen),
+        row_example=torch.tensor(rows.row_example),
+        input_ids=rows.input_ids,
+        position_ids=rows.position_ids,
+        visible=rows.visible,
+        query_row=torch.tensor([row for row, _ in queries]),
+        query_position=torch.tensor([position for _, position in queries]),
+        token_query=torch.tensor(token_query),
+        token_id=torch.tensor(token_id),
+        token_continuation=torch.tensor(token_continuation),
+        continuation_slot=torch.tensor(slots),
+        gold=torch.tensor([example.gold for example in examples]),
+        closed=torch.tensor([example.closed for example in examples]),
+        most_choices=most_choices,
+    )
+
+
+def _mask_rows(examples: Sequence[Encoded]) -> _Rows:
+    """A row for each number of tokens that an example's continuations have, with so many masks in their place."""
+    T = max(example.length for example in examples)
+    rows: list[list[int]] = []
+    row_example: list[int] = []
+    places: list[list[list[tuple[int, int]]]] = []
+    for e, example in enumerate(examples):
+        at = example.mask_at or 0
+        row_of: dict[int, int] = {}
+        for count in _mask_counts(example):
+            row_of[count] = len(rows)
+            rows.append([*example.prompt[:at], *[example.prompt[at]] * count, *example.prompt[at + 1 :]])
+            row_example.append(e)
+        places.append([[(row_of[len(c)], at + k) for k in range(len(c))] for c in example.continuations])
+    # What stands behind a row's end is not seen and moves no position: padding need not be the padding token.
+    input_ids = torch.zeros(len(rows), T, dtype=torch.long)
+    visible = torch.zeros(len(rows), T, dtype=torch.bool)
+    for r, row in enumerate(rows):
+        input_ids[r, : len(row)] = torch.tensor(row)
+        visible[r, : len(row)] = True
+    return _Rows(row_example, input_ids, None, visible, places)
+
+
+def _tree_rows(examples: Sequence[Encoded], *, packed: bool) -> _Rows:
     rows: list[_Row] = []
     row_example: list[int] = []
     # For each example: where the token that follows a path is predicted, as (row, node), node -1 the prompt's end.
     places: list[dict[tuple[int, ...], tuple[int, int]]] = []
-    for e, i in enumerate(chosen):
-        example = encoded[i]
+    for e, example in enumerate(examples):
         paths, nodes = _tree(example)
         place: dict[tuple[int, ...], tuple[int, int]] = {(): (len(rows), -1)}
         if packed:
@@ -279,37 +369,11 @@ def _lay_out(encoded: Sequence[Encoded], chosen: list[int], *, packed: bool) -> 
     if branching:
         visible = torch.stack([_tree_mask(row, T) for row in rows])
 
-    queries: dict[tuple[int, int], int] = {}
-    token_query: list[int] = []
-    token_id: list[int] = []
-    token_continuation: list[int] = []
-    slots: list[int] = []
-    most_choices = max(len(encoded[i].continuations) for i in chosen)
-    for e, i in enumerate(chosen):
-        for c, tokens in enumerate(encoded[i].continuations):
-            for end, token in enumerate(tokens):
-                row_index, node = places[e][tokens[:end]]
-                position = T - len(rows[row_index].tokens) + node
-                token_query.append(queries.setdefault((row_index, position), len(queries)))
-                token_id.append(token)
-                token_continuation.append(len(slots))
-            slots.append(e * most_choices + c)
-    return Batch(
-        examples=list(chosen),
-        row_example=torch.tensor(row_example),
-        input_ids=input_ids,
-        position_ids=position_ids,
-        visible=visible,
-        query_row=torch.tensor([row for row, _ in queries]),
-        query_position=torch.tensor([position for _, position in queries]),
-        token_query=torch.tensor(token_query),
-        token_id=torch.tensor(token_id),
-        token_continuation=torch.tensor(token_continuation),
-        continuation_slot=torch.tensor(slots),
-        gold=torch.tensor([encoded[i].gold for i in chosen]),
-        closed=torch.tensor([encoded[i].closed for i in chosen]),
-        most_choices=most_choices,
-    )
+    found = []
+    for example, place in zip(examples, places, strict=True):
+        at = {path: (row, T - len(rows[row].tokens) + node) for path, (row, node) in place.items()}
+        found.append([[at[tokens[:end]] for end in range(len(tokens))] for tokens in example.continuations])
+    return _Rows(row_example, input_ids, position_ids, visible, found)
 
 
 def _tree_mask(row: _Row, T: int) -> Tensor:

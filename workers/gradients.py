@@ -94,8 +94,10 @@ class _Recorder:
         if self.spectrum.side == "out" and self.bias is not None:
             value = value - self.bias
         R = self.rows.numel()
-        if value.shape[0] != (R * self.tokens if value.ndim == 2 else R):
-            self.unattributable = True  # tokens were regrouped, by experts say, and no longer belong to rows
+        if value.shape[:-1] not in ((R, self.tokens), (R * self.tokens,)):
+            # Tokens were regrouped, by experts say, and no longer belong to rows; or DeBERTa projects embeddings of
+            # distances by the same module.
+            self.unattributable = True
             return
         self.reached = True
         basis = self.spectrum.basis.to(_wide_enough(value))

@@ -1,7 +1,8 @@
-"""Which weights of a model are targets: every `nn.Linear` and GPT-2 `Conv1D` inside its decoder blocks.
+"""Which weights of a model are targets: every `nn.Linear` and GPT-2 `Conv1D` inside its decoder blocks, or inside
+the encoder blocks of a masked language model.
 
-Embeddings and the LM head are never targets. What lies inside the blocks and cannot be handled (fused expert
-tensors, a weight that two modules share) is named, not silently passed over.
+Embeddings and the LM head are never targets, a head's dense layer neither. What lies inside the blocks and cannot be
+handled (fused expert tensors, a weight that two modules share) is named, not silently passed over.
 """
 
 from __future__ import annotations
@@ -41,14 +42,15 @@ class Target:
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The module list that holds most of the weights: the decoder blocks, whatever the architecture calls them.
+    """The module list that holds most of the weights: the decoder blocks, whatever the architecture calls them, or a
+    masked language model's encoder blocks.
 
     Raises:
         UnusableModel: if the model has no module list at all.
     """
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
     if not lists:
-        raise UnusableModel("the model has no list of blocks; a decoder-only transformer is needed", param="model")
+        raise UnusableModel("the model has no list of blocks; a transformer is needed", param="model")
     return max(lists, key=lambda named: sum(p.numel() for p in named[1].parameters()))
 
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
-from service import lengths, models
+from service import lengths, masks, models
 from service.errors import (
     Conflict,
     InvalidInput,
@@ -104,7 +104,9 @@ def _too_large() -> PayloadTooLarge:
 
 def _create(service: Service, body: bytes) -> Job:
     spec = JobSpec.parse_json(body)
-    lengths.check_lengths(models.resolve(service.settings.models, spec.model), spec)
+    model = models.resolve(service.settings.models, spec.model)
+    masks.check_masks(model, spec)
+    lengths.check_lengths(model, spec)
     job_id = new_job_id()
     service.store.put_input(job_id, spec)
     return service.queue.create(job_id, spec)

@@ -21,6 +21,8 @@ class ModelOut(BaseModel):
     bytes: int | None = None
     context_length: int | None = None
     chat: bool | None = None
+    masked: bool | None = None
+    mask_token: str | None = None
     revision: str | None = None
     error: ErrorDetail | None = None
 
@@ -44,6 +46,8 @@ def list_models(service: TheService) -> ModelList:
                 bytes=found.bytes,
                 context_length=found.context_length,
                 chat=found.chat,
+                masked=found.masked,
+                mask_token=found.mask_token,
                 revision=found.revision,
             )
             if isinstance(found, Model)
