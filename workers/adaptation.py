@@ -85,7 +85,18 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
     report = make_report(
         spec,
         model,
-        Findings(subject, splits, search, outcomes, drifts, neutral.tokens, verdict, plan, verification, [*skipped, *unreached]),
+        Findings(
+            subject,
+            splits,
+            search,
+            outcomes,
+            drifts,
+            neutral.tokens,
+            verdict,
+            plan,
+            verification,
+            [*skipped, *unreached],
+        ),
         progress.cost(search.clock, out),
     )
     (out / "report.json").write_text(report.model_dump_json(indent=2))

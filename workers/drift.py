@@ -60,10 +60,10 @@ def divergence(base: Tensor, adapted: Tensor) -> Tensor:
         adapted: the same of the other model.
 
     Returns:
-        (Q,) in float64, from distributions in float32 (float64 for float64 logits): good to about 1e-6.
+        (Q,) in float64, from log-probabilities in float32 (float64 for float64 logits): good to about 1e-6.
     """
     found = []
-    for rows in zip(base.split(CHUNK), adapted.split(CHUNK), strict=True):
+    for rows in zip(torch.split(base, CHUNK), torch.split(adapted, CHUNK), strict=True):
         log_p, log_q = ((x if x.dtype == torch.float64 else x.float()).log_softmax(-1) for x in rows)
         p = log_p.exp()
         # A token that the base rules out has no part in the sum, whatever its logarithms are.
