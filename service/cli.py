@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -85,11 +86,16 @@ def submit(
     validation: Annotated[Path | None, typer.Option(help="JSONL of your own selection split.")] = None,
     test: Annotated[Path | None, typer.Option(help="JSONL of your own test split.")] = None,
     seed: Annotated[int, typer.Option(help="Of the splits.")] = 0,
+    max_drift: Annotated[
+        float | None, typer.Option(help="Most change of the model's predictions on neutral text, in nats a token.")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Watch the job to its end.")] = False,
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Submit a job; prints its ID."""
+    if max_drift is not None and not math.isfinite(max_drift):  # JSON has no word for it
+        raise InvalidInput("not a finite number", param="max_drift")
     paths = {"examples": file, "validation": validation, "test": test}
     files = {name: jsonl.read(path) for name, path in paths.items() if path is not None}
     spec = {
@@ -99,6 +105,7 @@ def submit(
         "objective": objective.value,
         "prompt_format": prompt_format.value,
         "seed": seed,
+        "max_drift": max_drift,
         **{name: lines.objects for name, lines in files.items()},
     }
     with Client(url) as client:
@@ -232,6 +239,7 @@ def _print_report(found: Report) -> None:
         table.add_row(name, *(_figure(column, name) for column in columns), *_interval(difference))
     console.print(table)
     print(found.verdict)
+    print(f"Returned with {found.drift}.")
 
 
 def _figure(metrics: Metrics | None, name: str) -> str:

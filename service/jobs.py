@@ -113,7 +113,7 @@ class JobSpec(Strict):
     """The body of `POST /v1/jobs`.
 
     `validation` is the selection split and `test` the test split, where the client brings its own; what is not
-    brought is split off `examples`, by `seed`.
+    brought is split off `examples`, by `seed`. No model is returned whose `Drift` is over `max_drift`.
     """
 
     model: Annotated[str, StringConstraints(strict=True)]
@@ -124,6 +124,7 @@ class JobSpec(Strict):
     passes: Annotated[int, Field(strict=True, ge=1, le=8)] = 1
     objective: Objective = Objective.BOTH
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0
+    max_drift: Annotated[float, Field(strict=True, gt=0)] | None = None
     prompt_format: PromptFormat = PromptFormat.TEXT
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = Field(default_factory=dict)
 
@@ -298,6 +299,18 @@ class Removed(Strict):
     modules: int
 
 
+class Drift(Strict):
+    """The side effect: mean KL divergence from base to adapted model on the next-token distributions of task-neutral
+    text, in nats a token, over `tokens` positions. Null where the adapted model's logits are not all numbers."""
+
+    value: float | None
+    tokens: int
+
+    def __str__(self) -> str:
+        """`drift 0.031 nats a token on neutral text`."""
+        return f"drift {'unknown' if self.value is None else f'{self.value:.3g}'} nats a token on neutral text"
+
+
 class JobResult(Strict):
     """The outcome in brief; `report.json` has it in full."""
 
@@ -307,6 +320,7 @@ class JobResult(Strict):
     adapted: Scores
     difference: Difference
     removed: Removed
+    drift: Drift
 
 
 class Job(Strict):

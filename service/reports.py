@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from service.jobs import Difference, JobResult, Objective, PromptFormat, Scores, Strategy, Strict
+from service.jobs import Difference, Drift, JobResult, Objective, PromptFormat, Scores, Strategy, Strict
 
 
 class SplitSizes(Strict):
@@ -135,6 +135,10 @@ class Report(JobResult):
     differences: list[Difference]
     """Every metric's difference; `difference` is the one the verdict stands on."""
     first_pass_differences: list[Difference]
+    first_pass_drift: Drift | None
+    """Of the model after the first pass; `drift` is that of what is returned."""
+    max_drift: float | None
+    """The bound that was asked for."""
     passes: list[PassReport]
     outlook: Outlook
     plan: list[PlanEntry]
@@ -158,4 +162,5 @@ class Report(JobResult):
             ),
             difference=self.difference,
             removed=self.removed,
+            drift=self.drift,
         )

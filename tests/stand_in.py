@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 
 from service.errors import UnusableModel
-from service.jobs import Difference, JobSpec, Removed, Stage
+from service.jobs import Difference, Drift, JobSpec, Removed, Stage
 from service.models import Model
 from service.reports import Cost, Metrics, ModelInfo, Outlook, Report, SplitSizes, Verification
 from service.settings import Settings
@@ -73,6 +73,7 @@ def make_report(spec: JobSpec) -> Report:
         adapted=metrics,
         difference=difference,
         removed=Removed(components=0, modules=0),
+        drift=Drift(value=0.0, tokens=1),
         model=ModelInfo(
             id=spec.model,
             revision="0",
@@ -91,6 +92,8 @@ def make_report(spec: JobSpec) -> Report:
         after_first_pass=metrics,
         differences=[difference],
         first_pass_differences=[difference],
+        first_pass_drift=None,
+        max_drift=None,
         passes=[],
         outlook=Outlook(still_falling=False, next_pass_seconds=0.0, message=""),
         plan=[],

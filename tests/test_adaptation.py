@@ -82,6 +82,11 @@ def check(run: Run) -> Report:
     assert bool(report.plan) == report.improved
     assert report.adapted.n == report.base.n == report.splits.test
     assert len(report.passes) <= report.passes_requested
+    assert report.drift.value is not None
+    assert (report.drift.value > 0) == report.improved
+    assert (report.first_pass_drift is None) == (report.after_first_pass is None)
+    assert report.drift.tokens > 200
+    assert report.drift == report.brief().drift
     if not report.improved:
         assert report.adapted == report.base
         assert "The base model is returned." in report.verdict
@@ -119,6 +124,21 @@ def test_the_planted_component_is_found_removed_and_the_improvement_proved(
     assert report.model.architecture == "Qwen2ForCausalLM"
     assert report.model.target_modules == 14
     assert report.model.parameters == sum(p.numel() for p in plain.loaded(planted.folder).model.parameters())
+
+
+def test_a_user_may_trade_gain_for_harmlessness(planted: Planted, tmp_path: Path, cache: Path) -> None:
+    free = check(Run(planted.folder, tmp_path / "free", cache, examples=rows(planted), passes=2))
+    assert free.max_drift is None
+    assert free.first_pass_drift is not None
+    assert free.drift.value is not None
+    most = free.drift.value / 2
+    held = check(Run(planted.folder, tmp_path / "held", cache, examples=rows(planted), passes=2, max_drift=most))
+    assert held.max_drift == most
+    assert held.improved
+    assert held.drift.value is not None
+    assert 0 < held.drift.value <= most
+    assert any("max_drift" in report.reason for report in held.passes)
+    assert f"drift {held.drift.value:.3g} nats a token on neutral text" == str(held.drift)
 
 
 def test_what_is_published_scores_what_the_report_says(planted: Planted, tmp_path: Path, cache: Path) -> None:

@@ -47,7 +47,9 @@ def test_a_job_from_file_to_adapter(api: Api, worker: WorkerProcess, file: Path,
     assert "succeeded: no significant improvement" in watched.stdout
     assert "attempt 1 began" in watched.stderr
     assert json.loads(c2i(api, "watch", job_id, "--json").stdout)["status"] == "succeeded"
-    assert "exact_match" in c2i(api, "report", job_id).stdout
+    told = c2i(api, "report", job_id).stdout
+    assert "exact_match" in told
+    assert "drift 0 nats a token on neutral text" in told
     assert json.loads(c2i(api, "report", job_id, "--json").stdout)["passes_requested"] == 2
     out = tmp_path / "out"
     listed = json.loads(c2i(api, "download", job_id, "--out", out, "--json").stdout)["files"]
@@ -125,6 +127,10 @@ def test_what_does_not_exist_is_exit_code_2_and_says_what_to_try(shared_api: Api
     binary.write_bytes(b"\xff\xfe\x00")
     assert "UTF-8" in c2i(shared_api, "submit", binary, "--model", "tiny-llama", code=2).stderr
     c2i(shared_api, "submit", file, code=2)
+    for bound in ("nan", "inf", "0", "much"):
+        bad = c2i(shared_api, "submit", file, "--model", "tiny-llama", "--max-drift", bound, code=2)
+        assert "max" in bad.stderr
+        assert "drift" in bad.stderr
 
 
 def test_a_service_that_is_not_there_is_exit_code_3_and_says_how_to_start_it(file: Path) -> None:

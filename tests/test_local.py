@@ -63,6 +63,7 @@ def test_the_command_writes_what_a_job_does_and_prints_the_report(
 ) -> None:
     file, out = write(tmp_path / "task.jsonl", lines), tmp_path / "new" / "out"
     options = ["--model", "tiny/planted", "--gradient", "50", "--selection", "30", "--test", "40", "--seed", "3"]
+    options += ["--max-drift", "100"]
     result = subprocess.run(
         [sys.executable, "-m", "service.cli", "adapt", str(file), "--out", str(out), *options, "--json"],
         cwd=REPOSITORY,
@@ -77,6 +78,7 @@ def test_the_command_writes_what_a_job_does_and_prints_the_report(
     assert printed == Report.model_validate_json((out / "report.json").read_text())
     assert (printed.splits.gradient, printed.splits.selection, printed.splits.test) == (50, 30, 40)
     assert printed.seed == 3
+    assert printed.max_drift == 100
     assert printed.improved
     assert sorted(path.name for path in out.iterdir()) == ["adapter", "model", "report.json"]
     assert (out.stat().st_mode & 0o777) == 0o755
@@ -110,6 +112,7 @@ def test_without_json_a_person_reads_the_verdict_and_a_table(
     assert f"{report.base.accuracy:.3f}" in next(line for line in printed.splitlines() if line.startswith("base"))
     assert f"{report.adapted.loss:.3f}" in next(line for line in printed.splitlines() if line.startswith("returned"))
     assert str(tmp_path / "out") in printed
+    assert str(report.drift) in printed
 
 
 def bad_json(lines: list[str]) -> None:

@@ -78,6 +78,8 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ("true passes", {"passes": True}, "passes"),
     ("a negative seed", {"seed": -1}, "seed"),
     ("a huge seed", {"seed": 2**64}, "seed"),
+    ("no drift allowed", {"max_drift": 0}, "max_drift"),
+    ("a drift in words", {"max_drift": "0.1"}, "max_drift"),
     ("no model", {"model": ...}, "model"),
     ("a model with dots", {"model": "../secret"}, "model"),
     ("a model with dots inside", {"model": "owner/.."}, "model"),

@@ -18,6 +18,7 @@ from service.models import Model
 from service.reports import Report, SkippedModule, Verification
 from workers import masked
 from workers.checkpoints import Checkpoint, load, reload_check, write_adapter, write_model
+from workers.drift import NeutralText, encode_neutral, paragraphs
 from workers.evaluation import Outcome, answer_logits, evaluate, honours_tree_mask
 from workers.examples import LOGIT_BUDGET, TOKEN_BUDGET, TOKEN_BUDGET_CUDA, Encoded, Layout, batches, encode
 from workers.progress import OnProgress, Progress
@@ -25,7 +26,7 @@ from workers.pruning import applied
 from workers.ranking import Plan
 from workers.reporting import Findings, make_report
 from workers.rounding import applied_unrounded
-from workers.search import Search, Subject
+from workers.search import DriftBound, Search, Subject
 from workers.spectrum import Spectrum, SpectrumCache
 from workers.splits import Splits, divide
 from workers.targets import Target, find_targets
@@ -63,7 +64,9 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
         spectra = _decompose(targets, SpectrumCache(cache / "spectra"), progress)
 
     subject = Subject(base.model, targets, spectra, spec.objective, layout)
-    search = Search(subject, splits.pool, splits.tracks, splits.result)
+    neutral = NeutralText(subject, encode_neutral(paragraphs(), base.tokenizer, model.context_length))
+    bound = None if spec.max_drift is None else DriftBound(neutral.drift, spec.max_drift)
+    search = Search(subject, splits.pool, splits.tracks, splits.result, bound)
     search.run(spec.passes, progress.within_pass)
     if len(search.unreached) == len(targets):
         raise UnusableModel("no gradient reached any of the model's weights", param="model")
@@ -78,6 +81,7 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
             outcomes = [search.outcomes[k] for k in shown]
         verdict = judge(outcomes[0], outcomes[-1], splits.sizes, spec.seed, removed=plans[-1].size)
         plan = plans[-1] if verdict.improved else Plan()
+        drifts = [neutral.drift(plans[k]) for k in shown]
         rounding_loss = _rounding_loss(subject, plan, (splits.test or splits.pool)[:ROUNDED_EXAMPLES])
 
     with progress.stage(Stage.PUBLISHING, "writing the adapter and the model"):
@@ -89,7 +93,19 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
     report = make_report(
         spec,
         model,
-        Findings(subject, splits, search, outcomes, verdict, plan, verification, rounding_loss, [*skipped, *unreached]),
+        Findings(
+            subject,
+            splits,
+            search,
+            outcomes,
+            drifts,
+            neutral.tokens,
+            verdict,
+            plan,
+            verification,
+            rounding_loss,
+            [*skipped, *unreached],
+        ),
         progress.cost(search.clock, out),
     )
     (out / "report.json").write_text(report.model_dump_json(indent=2))

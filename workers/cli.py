@@ -49,6 +49,9 @@ def adapt(
     objective: Annotated[str, typer.Option(help="both, choice or completion.")] = "both",
     prompt_format: Annotated[str, typer.Option(help="text, or chat for the tokenizer's template.")] = "text",
     seed: Annotated[int, typer.Option(help="Of the splits.")] = 0,
+    max_drift: Annotated[
+        float | None, typer.Option(help="Most change of the model's predictions on neutral text, in nats a token.")
+    ] = None,
     gradient: Annotated[int | None, typer.Option(help="The first N rows are the gradient split.")] = None,
     selection: Annotated[int, typer.Option(help="With --gradient: the next N rows select; 0 cross-fits.")] = 0,
     test: Annotated[int | None, typer.Option(help="With --gradient: the next N rows test; all that are left.")] = None,
@@ -66,5 +69,6 @@ def adapt(
         "objective": objective,
         "prompt_format": prompt_format,
         "seed": seed,
+        "max_drift": max_drift,
     }
     run(file, fields, out, settings, rows=(gradient, selection, test), as_json=as_json)

@@ -100,7 +100,7 @@ def summary(report: Report, out: Path) -> str:
     lines += [
         "",
         f"Removed {report.removed.components} of {report.model.components:,} components in "
-        f"{report.removed.modules} of {report.model.target_modules} modules; {report.outlook.message}",
+        f"{report.removed.modules} of {report.model.target_modules} modules; {report.drift}. {report.outlook.message}",
         f"Adaptation {cost.adaptation_fb:.1f} FB of {cost.fb_seconds:.1f} s; peak memory "
         f"{cost.peak_memory_bytes / 2**30:.1f} GiB; adapter {cost.adapter_bytes / 1e6:.1f} MB. Written to {out}",
     ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from service.jobs import JobSpec, Removed
+from service.jobs import Drift, JobSpec, Removed
 from service.models import Model
 from service.reports import Cost, ModelInfo, Outlook, PlanEntry, Report, SkippedModule, Verification
 from workers.evaluation import Outcome, differences, metrics
@@ -30,6 +31,9 @@ class Findings:
     search: Search
     outcomes: Sequence[Outcome]
     """On the test split: the base, after the first accepted pass, after the last; the last two may be one or none."""
+    drifts: Sequence[float]
+    """Of the same models, on `neutral_tokens` positions of neutral text."""
+    neutral_tokens: int
     verdict: Verdict
     plan: Plan
     """What is returned: empty if that is the base."""
@@ -50,6 +54,7 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
         verdict=found.verdict.sentence,
         difference=found.verdict.difference,
         removed=Removed(components=found.plan.size, modules=len(found.plan.components)),
+        drift=_drift(found, -1 if found.verdict.improved else 0),
         model=ModelInfo(
             id=model.id,
             revision=model.revision,
@@ -70,6 +75,8 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
         adapted=metrics(returned, tested),
         differences=found.verdict.differences,
         first_pass_differences=differences(base, first, spec.seed) if first else [],
+        first_pass_drift=_drift(found, 1) if first else None,
+        max_drift=spec.max_drift,
         passes=found.search.passes,
         outlook=_outlook(spec, found.search),
         plan=_plan_entries(found.subject, found.plan),
@@ -80,6 +87,11 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
         versions={name: importlib.metadata.version(name) for name in PACKAGES}
         | {"python": platform.python_version(), "platform": platform.platform()},
     )
+
+
+def _drift(found: Findings, model: int) -> Drift:
+    value = found.drifts[model]
+    return Drift(value=value if math.isfinite(value) else None, tokens=found.neutral_tokens)
 
 
 def _outlook(spec: JobSpec, search: Search) -> Outlook:

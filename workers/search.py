@@ -13,7 +13,7 @@ effects are per example.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -43,6 +43,8 @@ PATIENCE = 2
 STRIDE = 4
 FEWEST_JUDGED = 24
 FINALISTS = 2
+# Where `max_drift` ends a grid, the sizes between are halved this often, and on until one is allowed.
+BISECTIONS = 2
 # A pass that still lowered the loss by this fraction suggests that another would pay.
 STILL_FALLING = 0.02
 
@@ -93,6 +95,41 @@ class Trial:
         return float(np.nanmean(current.loss - self.outcome.loss))
 
 
+@dataclass(frozen=True)
+class DriftBound:
+    """`max_drift`. It binds the result's plan alone, whole, from the base: the plans of other tracks are returned to
+    nobody and only estimate what the result is worth."""
+
+    drift: Callable[[Plan], float]
+    most: float
+
+    def within(self, grid: Sequence[int], plan_of: Callable[[int], Plan], refused: list[int]) -> Iterator[int]:
+        """The sizes that are allowed, measured as they are asked for: the grid's, up to the first that is over, and
+        the largest found between the last two. Drift grows with size, all but always.
+
+        Args:
+            refused: what is over is added here, so that the last of it is the least.
+        """
+        last = 0
+        for size in grid:
+            if self.drift(plan_of(size)) > self.most:
+                refused.append(size)
+                break
+            yield size
+            last = size
+        if not refused:
+            return
+        allowed, halved = last, 0
+        while refused[-1] - allowed > 1 and (halved < BISECTIONS or not allowed):
+            middle, halved = (allowed + refused[-1]) // 2, halved + 1
+            if self.drift(plan_of(middle)) > self.most:
+                refused.append(middle)
+            else:
+                allowed = middle
+        if allowed > last:
+            yield allowed
+
+
 class OnStep(Protocol):
     """Told the kind of work, the pass from 1, the fraction of that work done, and a message."""
 
@@ -102,16 +139,25 @@ class OnStep(Protocol):
 class Search:
     """Passes over one pool of examples."""
 
-    def __init__(self, subject: Subject, pool: Sequence[Encoded], tracks: Sequence[Track], result: Track) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        pool: Sequence[Encoded],
+        tracks: Sequence[Track],
+        result: Track,
+        bound: DriftBound | None = None,
+    ) -> None:
         """
         Args:
             tracks: those that judge; together they judge each example at most once.
             result: the track whose plan is the result; one of `tracks`, or one more.
+            bound: that no accepted plan exceeds; None for none.
         """
         self.subject = subject
         self.pool = pool
         self.tracks = list(tracks)
         self.result = result
+        self.bound = bound
         self.all_tracks = self.tracks if result in self.tracks else [*self.tracks, result]
         self.judged = sorted(row for track in self.tracks for row in track.judge)
         self.clock = Clock()
@@ -143,7 +189,8 @@ class Search:
         rankings = self._rank(number, on_step)
         started = time.perf_counter()
         loss = float(current.loss.mean())
-        trials = self._try(rankings, current, sizes(rankings[-1], loss), partial(on_step, Stage.SEARCHING, number))
+        grid, refused = sizes(rankings[-1], loss), list[int]()
+        trials = self._try(rankings, current, grid, partial(on_step, Stage.SEARCHING, number), refused)
         best = max(trials, key=lambda trial: (trial.complete, trial.gain(current)), default=None)
         p = 1.0
         if best is not None and best.complete and best.gain(current) > 0:
@@ -162,20 +209,29 @@ class Search:
             loss=float(outcome.loss.mean()),
             p=p,
             accepted=accepted,
-            reason=_reason(trials, chosen, p),
+            reason=_reason(trials, chosen, p, refused),
             still_falling=fall > STILL_FALLING * loss,
             seconds=time.perf_counter() - began,
         )
         return report, outcome
 
     def _try(
-        self, rankings: Sequence[Ranking], current: Outcome, grid: Sequence[int], on_trial: Callable[[float, str], None]
+        self,
+        rankings: Sequence[Ranking],
+        current: Outcome,
+        grid: Sequence[int],
+        on_trial: Callable[[float, str], None],
+        refused: list[int],
     ) -> list[Trial]:
-        """Judge plans of growing size, first on a few of the examples, the finalists on all."""
+        """Judge plans of growing size, first on a few of the examples, the finalists on all. `refused` gets the
+        sizes whose drift is over the bound."""
+        allowed: Iterable[int] = grid
+        if self.bound is not None:
+            allowed = self.bound.within(grid, lambda n: self.result.plan.union(rankings[-1].first(n)), refused)
         stride = max(1, min(STRIDE, len(self.judged) // FEWEST_JUDGED))
         few, rest = self.judged[::stride], [row for k, row in enumerate(self.judged) if k % stride]
         trials: list[Trial] = []
-        for k, n in enumerate(grid):
+        for k, n in enumerate(allowed):
             on_trial(k / (len(grid) + FINALISTS), f"trying without {n} components")
             plans = [track.plan.union(r.first(n)) for track, r in zip(self.tracks, rankings, strict=False)]
             at = time.perf_counter()
@@ -274,7 +330,14 @@ def _candidate(trial: Trial, ranking: Ranking, current: Outcome) -> Candidate:
     )
 
 
-def _reason(trials: Sequence[Trial], chosen: int, p: float) -> str:
+def _reason(trials: Sequence[Trial], chosen: int, p: float, refused: Sequence[int]) -> str:
+    if refused and not trials:
+        return "removing one component more would take the drift over max_drift"
+    stopped = f"; removing {refused[-1]} would take the drift over max_drift" if refused else ""
+    return _judgement(trials, chosen, p) + stopped
+
+
+def _judgement(trials: Sequence[Trial], chosen: int, p: float) -> str:
     if not trials:
         return "no component has a harmful effect that stands out"
     if chosen:
