@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,9 +22,10 @@ from workers.progress import OnProgress, Progress
 from workers.pruning import applied
 from workers.ranking import Plan
 from workers.reporting import Findings, make_report
-from workers.search import Search, Subject
+from workers.search import Subject
 from workers.spectrum import Spectrum, SpectrumCache
 from workers.splits import Splits, divide
+from workers.strategies import dictionary, make_search
 from workers.targets import Target, find_targets
 from workers.verdict import judge
 
@@ -49,15 +51,20 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
     with progress.stage(Stage.LOADING, "loading the model"):
         base = load(model.folder)
         splits = _encode(spec, base, model.context_length)
-        targets, skipped = find_targets(base.model)
+        modules, skipped = find_targets(base.model)
+        targets = dictionary(modules, spec.options)
         layout = _layout(base, splits)
 
     with progress.stage(Stage.DECOMPOSING, "decomposing the weights"):
-        spectra = _decompose(targets, SpectrumCache(cache / "spectra"), progress)
+        spectra_cache = SpectrumCache(cache / "spectra")
+        spectra = _decompose(targets, spectra_cache, progress)
 
-    subject = Subject(base.model, targets, spectra, spec.objective, layout)
-    search = Search(subject, splits.pool, splits.tracks, splits.result)
+    subject = Subject(base.model, targets, spectra, spec.objective, layout, spectra_cache.get)
+    search = make_search(subject, splits.pool, splits.tracks, splits.result, spec.options, spec.seed)
     search.run(spec.passes, progress.within_pass)
+    subject = search.subject
+    # A strategy may select on the examples that it ranks by.
+    splits = replace(splits, sizes=splits.sizes.model_copy(update={"selection": len(search.judged)}))
     if len(search.unreached) == len(targets):
         raise UnusableModel("no gradient reached any of the model's weights", param="model")
 
@@ -73,11 +80,12 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
         plan = plans[-1] if verdict.improved else Plan()
 
     with progress.stage(Stage.PUBLISHING, "writing the adapter and the model"):
-        write_adapter(out / "adapter", spec.model, targets, spectra, plan)
-        write_model(out / "model", base, targets, spectra, plan)
+        write_adapter(out / "adapter", spec.model, subject.targets, subject.spectra, plan)
+        write_model(out / "model", base, subject.targets, subject.spectra, plan)
         verification = _verify(out, base, subject, plan, (splits.test or splits.pool)[:CHECKED_EXAMPLES])
 
-    unreached = [SkippedModule(module=name, reason=reason) for name, reason in search.unreached.items()]
+    reasons = {t.module_name: search.unreached[t.name] for t in targets if t.name in search.unreached}
+    unreached = [SkippedModule(module=name, reason=reason) for name, reason in reasons.items()]
     report = make_report(
         spec,
         model,

@@ -13,6 +13,8 @@ sends back,
 so the singular vectors of the smaller side suffice, and autograd has computed both factors anyway: two products
 of (tokens, rank) and (rank, rank) a module. No weight gradient exists, no weight requires one, and the memory is
 O(examples x rank) beside the activations of one batch.
+
+Of a block of output rows, D and Y are those rows' columns, and its share of dX is one product more.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ class _Recorder:
     """Hooks of one target: keeps what a forward sent through it until the backward comes."""
 
     def __init__(self, target: Target, spectrum: Spectrum, effect: Tensor) -> None:
+        self.target = target
         self.bias = target.bias
         self.spectrum = spectrum
         self.effect = effect  # (N, rank), added to in place
@@ -64,16 +67,25 @@ class _Recorder:
 
     def forward(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         self.called += 1
-        self.sent.append((inputs[0] if self.spectrum.side == "in" else output).detach())
+        rows = self.target.rows
+        if self.spectrum.side == "in":
+            self.sent.append(inputs[0].detach())
+        else:
+            self.sent.append(output.detach() if rows is None else output.detach()[..., rows.index])
 
     def backward(
         self, module: nn.Module, grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]
     ) -> None:
         started = time.perf_counter()
         sent = self.sent.pop()
-        gradient = grad_inputs[0] if self.spectrum.side == "in" else grad_outputs[0]
+        rows = self.target.rows
+        gradient = grad_inputs[0] if self.spectrum.side == "in" and rows is None else grad_outputs[0]
         if gradient is None or self.rows is None:
             return
+        if rows is not None:
+            gradient = gradient[..., rows.index]
+            if self.spectrum.side == "in":
+                gradient = gradient @ self.target.weight
         if self.spectrum.side == "out" and self.bias is not None:
             sent = sent - self.bias
         R = self.rows.numel()
