@@ -66,7 +66,7 @@ class Laser:
         if self.compose == 1:
             return Proposals([[proposal for _, proposal in found]])
         rounds = [[proposal for _, proposal in group] for _, group in groupby(found, key=lambda named: named[0])]
-        return Proposals(rounds, most_kept=self.compose)
+        return Proposals(rounds or [[]], most_kept=self.compose)
 
 
 def _for_every_track(plan: Plan, track: int) -> Plan:

@@ -39,7 +39,7 @@ class Proposals:
     """The candidates of one pass."""
 
     rounds: Sequence[Sequence[Proposal]]
-    """Of each round the best is kept if it helps, and the rounds after it go on from there."""
+    """At least one. Of each the best is kept if it helps, and the rounds after it go on from there."""
     most_kept: int = 1
     """The pass ends when so many rounds have kept a candidate."""
     blocks: Sequence[Target] = ()

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from service.errors import UnusableModel
 from service.jobs import Objective, Stage
-from service.reports import PassReport
+from service.reports import Candidate, PassReport
 from workers.evaluation import Outcome, evaluate, paired_p
 from workers.examples import Encoded, Layout
 from workers.gradients import Effects, effects
 from workers.progress import Clock
-from workers.proposals import Components, Proposal, Proposer
+from workers.proposals import Components, Proposal, Proposals, Proposer
 from workers.pruning import applied
 from workers.ranking import Plan
 from workers.spectrum import Spectrum, decompose
@@ -148,25 +148,8 @@ class Search:
         decomposed = time.perf_counter() - decomposing
         self.clock.decomposing += decomposed
 
-        candidates, choices = [], []
-        for k, candidates_of_round in enumerate(proposals.rounds):
-            rounds = len(proposals.rounds)
-
-            def on_trial(fraction: float, message: str, k: int = k, rounds: int = rounds) -> None:
-                on_step(Stage.SEARCHING, number, (k + fraction) / rounds, message)
-
-            trials = (self._try_nested if self.proposer.nested else self._try_all)(
-                candidates_of_round, current, on_trial
-            )
-            candidates += [trial.report(current) for trial in trials]
-            choice = self._choose(trials, current)
-            choices.append(choice)
-            for j, (track, pick) in enumerate(zip(self.all_tracks, choice.picks, strict=True)):
-                if pick is not None:
-                    track.plan = track.plan.union(pick.proposal.addition(j))
-            current = choice.outcome
-            if sum(choice.kept is not None for choice in choices) == proposals.most_kept:
-                break
+        candidates, choices = self._rounds(proposals, current, partial(on_step, Stage.SEARCHING, number))
+        current = choices[-1].outcome
         kept = [choice for choice in choices if choice.kept is not None]
         fall = loss - float(current.loss.mean())
         self.clock.searching += time.perf_counter() - started - decomposed
@@ -183,6 +166,29 @@ class Search:
             seconds=time.perf_counter() - began,
         )
         return report, current
+
+    def _rounds(
+        self, proposals: Proposals, current: Outcome, on_step: Callable[[float, str], None]
+    ) -> tuple[list[Candidate], list[Choice]]:
+        """Try a pass's candidates and keep what helps, round after round."""
+        candidates: list[Candidate] = []
+        choices: list[Choice] = []
+        rounds = len(proposals.rounds)
+        for k, proposed in enumerate(proposals.rounds):
+
+            def on_trial(fraction: float, message: str, k: int = k) -> None:
+                on_step((k + fraction) / rounds, message)
+
+            trials = (self._try_nested if self.proposer.nested else self._try_all)(proposed, current, on_trial)
+            candidates += [trial.report(current) for trial in trials]
+            choices.append(self._choose(trials, current))
+            for j, (track, pick) in enumerate(zip(self.all_tracks, choices[-1].picks, strict=True)):
+                if pick is not None:
+                    track.plan = track.plan.union(pick.proposal.addition(j))
+            current = choices[-1].outcome
+            if sum(choice.kept is not None for choice in choices) == proposals.most_kept:
+                break
+        return candidates, choices
 
     def _choose(self, trials: Sequence[Trial], current: Outcome) -> Choice:
         if self.proposer.nested:

@@ -42,13 +42,14 @@ def clustered_blocks(W: Tensor, blocks: int, seed: int) -> list[RowBlock]:
 
     Args:
         W: (out, in).
-        blocks: clusters asked for; empty ones are left out.
+        blocks: clusters asked for; there are no more than different rows, and empty ones are left out.
     """
-    blocks = min(blocks, W.shape[0])
+    rows = W.detach().double().cpu()
+    blocks = min(blocks, len(rows.unique(dim=0)))  # k-means++ divides by zero where there are fewer different rows
     with warnings.catch_warnings():
-        # One cluster stays empty where rows are equal; it is left out below.
+        # A cluster may lose its rows to others on the way.
         warnings.filterwarnings("ignore", "One of the clusters is empty", UserWarning)
-        _, labels = kmeans2(W.detach().double().cpu().numpy(), blocks, minit="++", rng=seed)
+        _, labels = kmeans2(rows.numpy(), blocks, minit="++", rng=seed)
     found = [from_numpy((labels == k).nonzero()[0]) for k in range(blocks)]
     return [RowBlock(f"cluster {k + 1}/{blocks}", index) for k, index in enumerate(found) if index.numel()]
 
