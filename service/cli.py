@@ -22,9 +22,10 @@ from rich.table import Table
 from service import jsonl
 from service.client import WAIT_SECONDS, Client
 from service.errors import C2IError, InternalError, InvalidInput, Unavailable
-from service.jobs import Difference, Job, JobEvent, JobStatus, Objective, PromptFormat, Strategy
+from service.jobs import Difference, Job, JobEvent, JobStatus, Objective, PromptFormat
 from service.reports import Metrics, Report
 from service.settings import Settings
+from service.strategies import Strategy, read_options
 
 EXIT_FAILED = 1
 EXIT_WRONG = 2
@@ -81,6 +82,7 @@ def submit(
     model: Annotated[str, typer.Option(help="ID of an installed model.")],
     passes: Annotated[int, typer.Option(help="Rounds of backward, ranking and search, 1 to 8.")] = 1,
     strategy: Annotated[Strategy, typer.Option(help="Which structures may be removed.")] = Strategy.COMPONENTS,
+    strategy_options: Annotated[str | None, typer.Option(help="Its options as JSON: '{\"matrices\": 3}'.")] = None,
     objective: Annotated[Objective, typer.Option(help="The loss.")] = Objective.BOTH,
     prompt_format: Annotated[PromptFormat, typer.Option(help="Raw text or a chat's turn.")] = PromptFormat.TEXT,
     validation: Annotated[Path | None, typer.Option(help="JSONL of your own selection split.")] = None,
@@ -102,6 +104,7 @@ def submit(
         "model": model,
         "passes": passes,
         "strategy": strategy.value,
+        "strategy_options": read_options(strategy_options),
         "objective": objective.value,
         "prompt_format": prompt_format.value,
         "seed": seed,

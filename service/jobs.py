@@ -12,9 +12,11 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, StringConstraints, ValidationError, ValidationInfo, field_validator, model_validator
 
 from service.errors import InvalidInput
+from service.strategies import OPTIONS, Strategy, StrategyOptions
+from service.strict import Strict
 
 MAX_EXAMPLES = 10_000
 MAX_CHOICES = 1_000
@@ -22,14 +24,6 @@ MAX_CHOICES = 1_000
 MIN_EXAMPLES = 8
 
 MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,95})?")
-
-
-class Strategy(StrEnum):
-    """Which structures are candidates for removal (METHOD 4). An open set: a new one is a member here and a
-    proposer in `workers.ranking`."""
-
-    COMPONENTS = "components"
-    """Singular components of all target modules in one list, by t."""
 
 
 class Objective(StrEnum):
@@ -86,12 +80,6 @@ class Stage(StrEnum):
     PUBLISHING = "publishing"
 
 
-class Strict(BaseModel):
-    """Refuses fields that it does not know and numbers that are none; does not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
 Text = Annotated[str, StringConstraints(strict=True, max_length=1_000_000)]
 
 
@@ -121,12 +109,27 @@ class JobSpec(Strict):
     validation: Examples | None = None
     test: Examples | None = None
     strategy: Strategy = Strategy.COMPONENTS
+    strategy_options: StrategyOptions | None = None
+    """Those of `strategy`; null for its defaults."""
     passes: Annotated[int, Field(strict=True, ge=1, le=8)] = 1
     objective: Objective = Objective.BOTH
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0
     max_drift: Annotated[float, Field(strict=True, gt=0)] | None = None
     prompt_format: PromptFormat = PromptFormat.TEXT
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = Field(default_factory=dict)
+
+    @field_validator("strategy_options", mode="before")
+    @classmethod
+    def _of_the_strategy(cls, value: object, info: ValidationInfo) -> object:
+        strategy = info.data.get("strategy")
+        if strategy is None:
+            return None  # the strategy itself is wrong, and that is told
+        if value is None or isinstance(value, OPTIONS[strategy]):
+            return value
+        try:
+            return OPTIONS[strategy].model_validate(value)
+        except ValidationError as error:
+            raise invalid_input(error, "strategy_options") from None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -139,6 +142,11 @@ class JobSpec(Strict):
         for name, split in (("examples", self.examples), ("validation", self.validation), ("test", self.test)):
             for i, example in enumerate(split or ()):
                 yield f"{name}[{i}]", example
+
+    @property
+    def options(self) -> StrategyOptions:
+        """The strategy's options, its defaults where the job gives none."""
+        return self.strategy_options or OPTIONS[self.strategy]()
 
     @classmethod
     def parse(cls, data: object) -> Self:
@@ -165,10 +173,14 @@ class JobSpec(Strict):
             raise invalid_input(error) from None
 
 
-def invalid_input(error: ValidationError) -> InvalidInput:
-    """The first of pydantic's findings, as our error: `('examples', 3, 'prompt')` is `examples[3].prompt`."""
+def invalid_input(error: ValidationError, *within: str) -> InvalidInput:
+    """The first of pydantic's findings, as our error: `('examples', 3, 'prompt')` is `examples[3].prompt`.
+
+    Args:
+        within: the fields that what was validated lies in.
+    """
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    location = [part for part in first["loc"] if part != "[key]"]
+    location = [*within, *(part for part in first["loc"] if part != "[key]")]
     return InvalidInput(first["msg"].removeprefix("Value error, "), param=field_path(location) or None)
 
 

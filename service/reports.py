@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from service.jobs import Difference, Drift, JobResult, Objective, PromptFormat, Scores, Strategy, Strict
+from service.jobs import Difference, Drift, JobResult, Objective, PromptFormat, Scores
+from service.strategies import Strategy, StrategyOptions
+from service.strict import Strict
 
 
 class SplitSizes(Strict):
@@ -31,12 +33,17 @@ class Metrics(Scores):
 class Candidate(Strict):
     """One plan that the search tried: its size, what first order predicted and what came out, on the `examples` of
     the selection split that it was judged on (all, or a part for one that fell behind). Losses are means per
-    example, `base_loss` that of the model before the pass."""
+    example, `base_loss` that of the model it was tried on: the one before the pass, or where a pass composes
+    several reductions, the one with those it had kept by then."""
 
+    description: str
+    """What it removes, in words."""
     size: int
+    """How many components it removes. A component of a row block counts as one."""
     examples: int
     base_loss: float
-    predicted_loss: float
+    predicted_loss: float | None
+    """Null where first order says nothing: no gradient was taken, or not for these components."""
     loss: float
     accuracy: float | None
     exact_match: float
@@ -53,6 +60,8 @@ class PassReport(Strict):
     """Components removed by this pass; 0 where it was not accepted."""
     loss: float
     p: float
+    """Of the paired, one-sided test that the loss fell. `components` accepts by it; `laser` and `c2i`, as their
+    papers do, accept what has the higher accuracy, or the same and a lower loss."""
     accepted: bool
     reason: str
     still_falling: bool
@@ -63,10 +72,12 @@ class PlanEntry(Strict):
     """What is removed from one module: `components` are indices into its singular values, largest first."""
 
     module: str
+    rows: str | None = None
+    """The block of the weight's rows that the components are of, `0:192` or `cluster 2/8`; null for all rows."""
     shape: tuple[int, int]
     components: list[int]
     relative_norm: float
-    """Frobenius norm of what is removed over that of the weight."""
+    """Frobenius norm of what is removed over that of the weight, or of its rows."""
 
 
 class SkippedModule(Strict):
@@ -124,6 +135,8 @@ class Report(JobResult):
     schema_version: Literal[1] = 1
     model: ModelInfo
     strategy: Strategy
+    strategy_options: StrategyOptions | None = None
+    """As they were in force, defaults filled in."""
     objective: Objective
     prompt_format: PromptFormat
     seed: int

@@ -19,11 +19,13 @@ from tests.plain import ARCHITECTURES, MIXTURES, encoded, loaded, targets_of, we
 from tests.planted import Planted
 from tests.test_examples import sentencepiece
 from tests.test_pruning import same_bits
+from workers.bounds import DriftBound
 from workers.drift import CHUNK, PARAGRAPH_TOKENS, NeutralText, divergence, encode_neutral, paragraphs
 from workers.examples import Encoded, Layout
+from workers.proposals import Proposal
 from workers.pruning import pruned
 from workers.ranking import Plan
-from workers.search import DriftBound, Search, Subject, Track
+from workers.search import Search, Subject, Track
 from workers.splits import divide
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -181,8 +183,8 @@ def test_a_text_begins_with_the_special_tokens_that_the_model_knows() -> None:
 # --- the bound --------------------------------------------------------------------------------------------------
 
 
-def plan_of(n: int) -> Plan:
-    return Plan({"w": tuple(range(n))})
+def of_size(n: int) -> Proposal:
+    return Proposal(f"{n} components", n, None, lambda track: Plan({"w": tuple(range(n))}))
 
 
 @pytest.mark.parametrize(
@@ -206,19 +208,24 @@ def test_the_sizes_under_a_bound_use_it_well(most: float, expected: list[int], r
         measured.append(plan.size)
         return float(plan.size)
 
-    over: list[int] = []
-    sizes = DriftBound(drift, most).within([16, 32, 64, 128], plan_of, over)
+    over: list[Proposal] = []
+    grid = [of_size(n) for n in (16, 32, 64, 128)]
+    allowed = DriftBound(drift, most).within(grid, of_size, lambda proposal: proposal.addition(0), over)
     assert not measured
-    assert next(sizes, None) == (expected[0] if expected else None)
+    first = next(allowed, None)
     if most >= 16:
         assert measured == [16]  # none is measured before it is asked for
-    assert [*expected[:1], *sizes] == expected
-    assert over == refused
+    assert [proposal.size for proposal in (*([first] if first else []), *allowed)] == expected
+    assert [proposal.size for proposal in over] == refused
     assert len(measured) == len(set(measured))
 
 
 def test_an_empty_grid_has_no_sizes() -> None:
-    assert list(DriftBound(lambda plan: 0.0, 1.0).within([], plan_of, [])) == []
+    assert list(DriftBound(lambda plan: 0.0, 1.0).within([], of_size, lambda p: p.addition(0), [])) == []
+
+
+def test_a_drift_that_is_no_number_is_allowed_by_no_bound() -> None:
+    assert not DriftBound(lambda plan: math.nan, 1e9).allows(Plan())
 
 
 def bounded(
@@ -230,10 +237,10 @@ def bounded(
     bound = None if most is None else DriftBound(text.drift, most)
     if few is None:
         track = Track(list(range(60)), list(range(60, 120)))
-        found = Search(subject(planted.folder), pool, [track], track, bound)
+        found = Search(subject(planted.folder), pool, [track], track, bound=bound)
     else:
         splits = divide(pool, None, None, seed=3)
-        found = Search(subject(planted.folder), splits.pool, splits.tracks, splits.result, bound)
+        found = Search(subject(planted.folder), splits.pool, splits.tracks, splits.result, bound=bound)
     found.run(passes, lambda stage, number, fraction, message: None)
     return found, text
 

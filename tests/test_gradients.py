@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from workers.pruning import applied
 from workers.ranking import Plan
 from workers.spectrum import decompose
 from workers.targets import Target, find_targets
+from workers.truncation import RowBlock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -169,6 +171,59 @@ def test_removing_small_components_changes_each_loss_by_minus_their_effects(
                 change = torch.from_numpy(evaluate(model, examples, Objective.BOTH, PACKED).loss - before)
         predicted = -found.by_module[target.name][:, -2:].sum(1)
         torch.testing.assert_close(change, predicted, rtol=1e-2, atol=1e-2 * float(predicted.abs().max()))
+
+
+# Blocks with more rows than columns and with fewer, of weights with biases and without, transposed and not.
+ROW_BLOCKS = [
+    ("llama", "1.mlp.gate_proj", slice(4, 44)),
+    ("llama", "0.mlp.down_proj", slice(3, 20)),
+    ("llama", "0.self_attn.v_proj", torch.tensor([0, 3, 9, 15])),
+    ("qwen2", "1.self_attn.q_proj", slice(8, 16)),
+    ("gpt2", "0.mlp.c_fc", slice(64, 128)),
+    ("gpt2", "1.mlp.c_proj", torch.tensor([1, 2, 30])),
+]
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize(("architecture", "name", "index"), ROW_BLOCKS, ids=str)
+def test_an_effect_in_a_row_block_is_the_slope_along_the_singular_value_of_those_rows_alone(
+    architecture: str, name: str, index: slice | Tensor, tiny_models: TinyModels
+) -> None:
+    folder = tiny_models(architecture, "float64")
+    model, examples = loaded(folder).model, examples_for(folder, PACKED)
+    whole = next(t for t in targets_of(folder)[0] if t.name.endswith(name))
+    block = replace(whole, rows=RowBlock("some", index))
+    spectra = {block.name: decompose(block.weight)}
+    found, unreached = effects(model, [block], spectra, examples, Objective.BOTH, PACKED)
+    assert not unreached
+    a = found.by_module[block.name]
+    assert a.shape == (len(examples), min(block.shape))
+    for i in (0, min(block.shape) // 2, min(block.shape) - 1):
+        u, s, v = triple(block, i)
+        change = torch.zeros_like(whole.weight)
+        change[index] = 1e-4 * torch.outer(u, v)
+        with nudged(whole.weight, change):
+            up = evaluate(model, examples, Objective.BOTH, FLAT).loss
+        with nudged(whole.weight, -change):
+            down = evaluate(model, examples, Objective.BOTH, FLAT).loss
+        slope = s * torch.from_numpy(up - down) / 2e-4
+        assert close(a[:, i], slope, a), f"component {i}: {a[:, i]} is not {slope}"
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize(("architecture", "name"), [("llama", "1.mlp.up_proj"), ("gpt2", "0.attn.c_attn")])
+def test_the_effects_of_all_blocks_of_a_weight_sum_to_those_of_the_whole(
+    architecture: str, name: str, tiny_models: TinyModels
+) -> None:
+    # Removing every component of either is removing the weight.
+    folder = tiny_models(architecture, "float64")
+    whole = next(t for t in targets_of(folder)[0] if t.name.endswith(name))
+    targets = [whole, *whole.split(3), *whole.cluster(2, seed=0)]
+    spectra = {target.name: decompose(target.weight) for target in targets}
+    found, _ = effects(loaded(folder).model, targets, spectra, encoded(folder), Objective.BOTH, PACKED)
+    sums = [found.by_module[target.name].sum(1) for target in targets]
+    torch.testing.assert_close(sum(sums[1:4]), sums[0])
+    torch.testing.assert_close(sum(sums[4:]), sums[0])
 
 
 @pytest.mark.usefixtures("double")

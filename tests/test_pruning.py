@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from tests.plain import loaded, targets_of, weights_of
-from workers.pruning import applied, lora_factors, pruned
+from workers.pruning import applied, lora_factors, module_factors, pruned
 from workers.ranking import Plan
-from workers.spectrum import decompose
+from workers.spectrum import Spectrum, decompose
+from workers.targets import Target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -131,3 +132,60 @@ def test_removing_twice_is_removing_once() -> None:
     spectrum = decompose(W)
     once = pruned(W, spectrum, [1, 3])
     torch.testing.assert_close(pruned(once, spectrum, [1, 3]), once, rtol=0, atol=1e-12)
+
+
+def in_blocks(folder: Path, name: str, clustered: bool) -> tuple[list[Target], dict[str, Spectrum], Plan]:
+    """A weight in three row blocks, of which two lose components, and a plan that edits another whole weight too."""
+    targets, spectra = targets_of(folder)
+    target = next(t for t in targets if t.name.endswith(name))
+    blocks = target.cluster(3, seed=0) if clustered else target.split(3)
+    plan = Plan({blocks[0].name: (0, 2), blocks[2].name: (1,), targets[0].name: (0, 1)})
+    known = {**spectra, **{block.name: decompose(block.weight) for block in blocks}}
+    return [*targets, *blocks], known, plan
+
+
+BLOCKS = [
+    ("llama", "1.mlp.up_proj"),
+    ("gpt2", "1.mlp.c_fc"),
+    ("gpt2", "0.attn.c_proj"),
+    ("qwen2", "1.self_attn.q_proj"),
+]
+
+
+@pytest.mark.parametrize("clustered", [False, True], ids=["contiguous", "clustered"])
+@pytest.mark.parametrize(("architecture", "name"), BLOCKS)
+def test_row_blocks_are_pruned_each_by_its_own_svd_and_all_is_undone_to_the_bit(
+    architecture: str, name: str, clustered: bool, tiny_models: TinyModels
+) -> None:
+    folder = tiny_models(architecture)
+    model = loaded(folder).model
+    targets, spectra, plan = in_blocks(folder, name, clustered)
+    before = weights_of(model)
+    expected = targets[-1].whole_weight.clone()
+    for block in targets[-3:]:
+        assert block.rows is not None
+        U, S, Vh = torch.linalg.svd(block.weight.double(), full_matrices=False)
+        S[list(plan.components.get(block.name, ()))] = 0
+        expected[block.rows.index] = ((U * S) @ Vh).float()
+    with applied(targets, spectra, plan):
+        torch.testing.assert_close(targets[-1].whole_weight, expected, rtol=0, atol=1e-5)
+        during = weights_of(model)
+        changed = {n for n in before if not torch.equal(before[n], during[n])}
+        assert changed == {f"{targets[-1].module_name}.weight", f"{targets[0].name}.weight"}
+    assert same_bits(weights_of(model), before)
+    A, B = module_factors([targets[-3], targets[-1]], spectra, plan)
+    assert A.shape[0] == B.shape[1] == 3
+    torch.testing.assert_close(targets[-1].whole_weight + B @ A, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_factors_of_a_module_have_no_more_ranks_than_its_weight(architecture: str, tiny_models: TinyModels) -> None:
+    for target in targets_of(tiny_models(architecture))[0]:
+        blocks = target.split(2)
+        spectra = {block.name: decompose(block.weight) for block in blocks}
+        plan = Plan({block.name: tuple(range(1, min(block.shape))) for block in blocks})
+        A, B = module_factors(blocks, spectra, plan)
+        assert A.shape[0] == B.shape[1] == min(plan.size, *target.shape)
+        with applied(blocks, spectra, plan):
+            expected = target.weight.clone()
+        torch.testing.assert_close(target.weight + B @ A, expected, rtol=0, atol=1e-5)

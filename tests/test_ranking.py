@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from workers.ranking import TRUST, Plan, Ranking, rank, sizes, t_scores
+from workers.ranking import Plan, Ranking, rank, sizes, t_scores
 
 
 def noise(N: int, rank: int, seed: int = 0) -> Tensor:
@@ -71,12 +70,11 @@ def test_nothing_is_ranked_where_all_effects_are_equal_zero_or_helpful() -> None
         ranking = rank({"m": a})
         assert len(ranking) == 0
         assert ranking.first(10) == Plan()
-        assert sizes(ranking, 1.0) == []
+        assert sizes(len(ranking)) == []
 
 
 def test_no_effects_at_all_are_an_empty_ranking() -> None:
     assert len(rank({})) == 0
-    assert sizes(rank({}), 1.0) == []
 
 
 def test_what_is_gone_is_never_ranked_again() -> None:
@@ -129,39 +127,33 @@ def test_a_union_removes_what_either_removes(a: Plan, b: Plan) -> None:
     assert a.union(a) == a
 
 
-def ranking_of(n: int, mean: float) -> Ranking:
-    """n candidates, each of which is predicted to lower the loss by `mean`."""
-    ramp = torch.linspace(1, 2, 9, dtype=torch.float64)
-    return rank({"m": ((ramp - ramp.mean()) * 1e-3 + mean)[:, None].repeat(1, n)} if n else {})
+def test_a_fall_too_large_a_share_of_the_loss_is_in_doubt_and_can_be_left_out() -> None:
+    ramp = torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None] * 1e-3
+    effects = {"b": ramp + torch.tensor([0.05, 0.8]), "a": 2 * ramp + torch.tensor([0.3, 0.01])}
+    ranking = rank(effects)
+    assert ranking.doubtful(1.0) == [("b", 1), ("a", 0)]  # in the order of their t
+    assert ranking.doubtful(4.0) == [("b", 1)]
+    assert ranking.doubtful(9.0) == []
+    rest = ranking.without({("b", 1), ("a", 0)})
+    assert listed(rest) == [("b", 0), ("a", 1)]
+    assert rest.fall.tolist() == pytest.approx([0.05, 0.01])
+    assert rest.predicted.tolist() == pytest.approx([0.05, 0.06])
+    assert listed(ranking.without(set())) == listed(ranking)
 
 
-def test_sizes_grow_geometrically_and_end_where_the_prediction_is_no_longer_trusted() -> None:
-    grid = sizes(ranking_of(10_000, 0.001), loss=1.0)
-    assert grid == sorted(set(grid))
-    ratios = [b / a for a, b in pairwise(grid)]
-    assert all(1 < ratio <= 2.01 for ratio in ratios)
-    # 3,000 components are predicted to remove three times the loss.
-    assert grid[-1] <= TRUST / 0.001
-    assert grid[-1] == pytest.approx(TRUST / 0.001, rel=1e-3)
-    assert grid[0] <= 64
+def test_sizes_double_up_to_all_there_are() -> None:
+    assert sizes(100) == [16, 32, 64, 100]
+    assert sizes(64) == [16, 32, 64]
+    assert sizes(65) == [16, 32, 64, 65]
+    assert sizes(3) == [3]
+    assert sizes(1) == [1]
+    assert sizes(0) == []
 
 
-def test_a_grid_is_never_longer_than_the_ranking_and_never_empty_with_a_candidate() -> None:
-    for n in (1, 2, 15, 16, 17, 100):
-        grid = sizes(ranking_of(n, 0.001), loss=1.0)
-        assert grid
-        assert max(grid) == n
-        assert min(grid) >= 1
-    for loss in (0.0, 1e-9, 1.0):  # trusted not even once
-        grid = sizes(ranking_of(200, 5.0), loss)
-        assert len(grid) == 1
-        assert grid[0] < 200
-
-
-@given(n=st.integers(0, 3000), mean=st.floats(1e-6, 10), loss=st.floats(0, 50))
-def test_whatever_the_ranking_sizes_ascend_within_it(n: int, mean: float, loss: float) -> None:
-    grid = sizes(ranking_of(n, mean), loss)
+@given(n=st.integers(0, 100_000))
+def test_whatever_the_ranking_sizes_ascend_within_it(n: int) -> None:
+    grid = sizes(n)
     assert all(1 <= size <= n for size in grid)
     assert grid == sorted(set(grid))
-    assert bool(grid) == bool(n)
+    assert (grid[-1] == n) if n else not grid
     assert len(grid) <= 2 + math.log2(max(n, 1))

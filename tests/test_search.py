@@ -88,6 +88,7 @@ def test_what_is_reported_of_a_pass_is_what_an_evaluation_of_its_plan_gives(plan
     assert first.loss == pytest.approx(done.outcomes[1].loss.mean()) == pytest.approx(chosen.loss)
     assert chosen.accuracy == pytest.approx(done.outcomes[1].correct.mean())
     assert chosen.exact_match == pytest.approx(done.outcomes[1].exact.mean())
+    assert chosen.predicted_loss is not None
     assert chosen.predicted_loss > -3 * first.base_loss
     assert chosen.predicted_loss < first.base_loss
     if len(done.passes) > 1:

@@ -17,6 +17,7 @@ from service.masks import check_masks
 from service.models import Model
 from service.reports import Report, SkippedModule, Verification
 from workers import masked
+from workers.bounds import DriftBound
 from workers.checkpoints import Checkpoint, load, reload_check, write_adapter, write_model
 from workers.drift import NeutralText, encode_neutral, paragraphs
 from workers.evaluation import Outcome, answer_logits, evaluate, honours_tree_mask
@@ -26,9 +27,10 @@ from workers.pruning import applied
 from workers.ranking import Plan
 from workers.reporting import Findings, make_report
 from workers.rounding import applied_unrounded
-from workers.search import DriftBound, Search, Subject
+from workers.search import Subject
 from workers.spectrum import Spectrum, SpectrumCache
 from workers.splits import Splits, divide
+from workers.strategies import dictionary, make_search
 from workers.targets import Target, find_targets
 from workers.verdict import judge
 
@@ -57,17 +59,25 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
     with progress.stage(Stage.LOADING, "loading the model"):
         base = load(model.folder)
         splits = _encode(spec, base, model.context_length)
-        targets, skipped = find_targets(base.model)
+        modules, skipped = find_targets(base.model)
+        targets = dictionary(modules, spec.options)
         layout = _layout(base, splits)
 
     with progress.stage(Stage.DECOMPOSING, "decomposing the weights"):
-        spectra = _decompose(targets, SpectrumCache(cache / "spectra"), progress)
+        spectra_cache = SpectrumCache(cache / "spectra")
+        spectra = _decompose(targets, spectra_cache, progress)
 
-    subject = Subject(base.model, targets, spectra, spec.objective, layout)
-    neutral = NeutralText(subject, encode_neutral(paragraphs(), base.tokenizer, model.context_length))
-    bound = None if spec.max_drift is None else DriftBound(neutral.drift, spec.max_drift)
-    search = Search(subject, splits.pool, splits.tracks, splits.result, bound)
+    subject = Subject(base.model, targets, spectra, spec.objective, layout, spectra_cache.get)
+    neutral = NeutralText(
+        subject, encode_neutral(paragraphs(), base.tokenizer, model.context_length), masked=base.masked
+    )
+    search = make_search(subject, splits.pool, splits.tracks, splits.result, spec.options, spec.seed)
+    if spec.max_drift is not None:
+        search.bound = DriftBound(lambda plan: neutral.drift(plan, search.subject), spec.max_drift)
     search.run(spec.passes, progress.within_pass)
+    subject = search.subject
+    # A strategy may select on the examples that it ranks by.
+    splits = replace(splits, sizes=splits.sizes.model_copy(update={"selection": len(search.judged)}))
     if len(search.unreached) == len(targets):
         raise UnusableModel("no gradient reached any of the model's weights", param="model")
 
@@ -81,15 +91,16 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
             outcomes = [search.outcomes[k] for k in shown]
         verdict = judge(outcomes[0], outcomes[-1], splits.sizes, spec.seed, removed=plans[-1].size)
         plan = plans[-1] if verdict.improved else Plan()
-        drifts = [neutral.drift(plans[k]) for k in shown]
+        drifts = [neutral.drift(plans[k], subject) for k in shown]
         rounding_loss = _rounding_loss(subject, plan, (splits.test or splits.pool)[:ROUNDED_EXAMPLES])
 
     with progress.stage(Stage.PUBLISHING, "writing the adapter and the model"):
-        write_adapter(out / "adapter", spec.model, targets, spectra, plan, masked=base.masked)
-        write_model(out / "model", base, targets, spectra, plan)
+        write_adapter(out / "adapter", spec.model, subject.targets, subject.spectra, plan, masked=base.masked)
+        write_model(out / "model", base, subject.targets, subject.spectra, plan)
         verification = _verify(out, base, subject, plan, (splits.test or splits.pool)[:CHECKED_EXAMPLES])
 
-    unreached = [SkippedModule(module=name, reason=reason) for name, reason in search.unreached.items()]
+    reasons = {t.module_name: search.unreached[t.name] for t in targets if t.name in search.unreached}
+    unreached = [SkippedModule(module=name, reason=reason) for name, reason in reasons.items()]
     report = make_report(
         spec,
         model,

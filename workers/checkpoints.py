@@ -29,7 +29,7 @@ from service.models import is_masked, read_config, weight_files
 from workers.evaluation import answer_logits
 from workers.examples import Batch, Tokenizer
 from workers.memory import is_out_of_memory
-from workers.pruning import lora_factors, pruned
+from workers.pruning import applied, module_factors
 from workers.ranking import Plan
 from workers.spectrum import Spectrum
 from workers.targets import Target
@@ -115,7 +115,7 @@ def write_adapter(
     *,
     masked: bool = False,
 ) -> None:
-    """Write `adapter_model.safetensors` and `adapter_config.json`.
+    """Write `adapter_model.safetensors` and `adapter_config.json`: one LoRA a module, whatever its row blocks.
 
     Scaling is 1 for every module, and for the whole adapter too: a server that reads `r` and `lora_alpha` but no
     pattern does the same. An empty plan is an adapter of one rank that is zero. PEFT knows no task type for a
@@ -123,15 +123,18 @@ def write_adapter(
     """
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    touched = [t for t in targets if plan.components.get(t.name)] or list(targets[:1])
+    removed = plan if plan.size else Plan({targets[0].name: (0,)})
+    touched = [t for t in targets if removed.components.get(t.name)]
+    by_module: dict[str, list[Target]] = {}
     for target in touched:
-        components = plan.components.get(target.name, ())
-        A, B = lora_factors(target.weight, spectra[target.name], components or (0,))
-        if not components:
+        by_module.setdefault(target.module_name, []).append(target)
+    for name, blocks in by_module.items():
+        A, B = module_factors(blocks, spectra, removed)
+        if not plan.size:
             B.zero_()
-        ranks[target.name] = A.shape[0]
-        tensors[f"base_model.model.{target.name}.lora_A.weight"] = A.cpu()
-        tensors[f"base_model.model.{target.name}.lora_B.weight"] = B.cpu()
+        ranks[name] = A.shape[0]
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A.cpu()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B.cpu()
     r = max(ranks.values())
     config = LoraConfig(
         task_type=None if masked else "CAUSAL_LM",
@@ -155,7 +158,7 @@ def write_model(
     folder: Path, base: Checkpoint, targets: Sequence[Target], spectra: Mapping[str, Spectrum], plan: Plan
 ) -> None:
     """Write the base's own files with the pruned weights in them: same shards, names, order, dtype and metadata."""
-    changed = {t.name: t for t in targets if plan.components.get(t.name)}
+    changed = {t.module_name: t for t in targets if plan.components.get(t.name)}
     folder.mkdir(parents=True)
     for path in sorted(base.folder.iterdir()):
         if path.suffix in COPIED_SUFFIXES and path.is_file():
@@ -169,10 +172,10 @@ def write_model(
         with safe_open(shard, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
             metadata = opened.metadata()
-        for name, key in mine.items():
-            target = changed[name]
-            new = pruned(target.weight, spectra[name], plan.components[name]).to("cpu", tensors[key].dtype)
-            tensors[key] = (new.T if target.transposed else new).contiguous()
+        with applied(targets, spectra, plan):
+            for name, key in mine.items():
+                new = changed[name].module.get_parameter("weight").detach()
+                tensors[key] = new.to("cpu", tensors[key].dtype, copy=True).contiguous()
         _save(tensors, folder / shard.name, metadata)
 
 

@@ -10,6 +10,7 @@ import typer
 
 from service.errors import Unavailable
 from service.settings import Settings
+from service.strategies import read_options
 
 
 def worker(
@@ -45,7 +46,8 @@ def adapt(
     model: Annotated[str, typer.Option(help="ID of an installed model; `c2i models` lists them.")],
     out: Annotated[Path, typer.Option(help="A new folder for adapter/, model/ and report.json.")],
     passes: Annotated[int, typer.Option(help="Rounds of backward, ranking and search, 1 to 8.")] = 1,
-    strategy: Annotated[str, typer.Option(help="What may be removed.")] = "components",
+    strategy: Annotated[str, typer.Option(help="components, laser or c2i.")] = "components",
+    strategy_options: Annotated[str | None, typer.Option(help="Its options as JSON: '{\"matrices\": 3}'.")] = None,
     objective: Annotated[str, typer.Option(help="both, choice or completion.")] = "both",
     prompt_format: Annotated[str, typer.Option(help="text, or chat for the tokenizer's template.")] = "text",
     seed: Annotated[int, typer.Option(help="Of the splits.")] = 0,
@@ -66,6 +68,7 @@ def adapt(
         "model": model,
         "passes": passes,
         "strategy": strategy,
+        "strategy_options": read_options(strategy_options),
         "objective": objective,
         "prompt_format": prompt_format,
         "seed": seed,

@@ -27,7 +27,7 @@ from workers.pruning import applied
 from workers.ranking import Plan
 from workers.search import Subject
 
-PARAGRAPH_TOKENS = 128
+PARAGRAPH_TOKENS = 64
 # Positions whose distributions are compared at once: a few tensors of (positions, vocabulary) beside the logits.
 CHUNK = 64
 
@@ -75,25 +75,42 @@ class NeutralText:
     """A text on which plans for one model are compared with the base. The base's forward pass is done once, when
     the first plan asks for it."""
 
-    def __init__(self, subject: Subject, encoded: Sequence[Encoded]) -> None:
+    def __init__(self, subject: Subject, encoded: Sequence[Encoded], *, masked: bool = False) -> None:
+        """
+        Args:
+            masked: whether the model is a masked language model. Of such a one each position's distribution over the
+                unmasked text is compared, and rows are not padded, since it makes its own positions.
+        """
         self._subject = subject
         # Two models' logits are held at once.
         layout = replace(subject.layout, answers=max(1, subject.layout.answers // 2))
         device = next(subject.model.parameters()).device
-        self._batches = [batch.to(device) for batch in batches(encoded, layout)]
+        if masked:
+            found = [replace(batch, position_ids=None) for one in encoded for batch in batches([one], layout)]
+        else:
+            found = list(batches(encoded, layout))
+        self._batches = [batch.to(device) for batch in found]
         self.tokens = sum(batch.query_row.numel() for batch in self._batches)
         """Positions that the mean is over."""
 
     @torch.no_grad()
-    def drift(self, plan: Plan) -> float:
-        """Of the base without the plan's components, in nats a token; infinite if its logits are not all numbers.
-        The model must have its base weights, and has them again afterwards."""
+    def drift(self, plan: Plan, subject: Subject | None = None) -> float:
+        """Of the base without the plan's components, in nats a token; infinite if its logits are not all numbers,
+        NaN if the model does not call its LM head as a module. The model must have its base weights, and has them
+        again afterwards.
+
+        Args:
+            subject: the one that knows the row blocks that the plan touches, where that is another.
+        """
         if not plan.size:
             return 0.0
         head_inputs = self._head_inputs
-        model = self._subject.model
+        if len(head_inputs) < len(self._batches):
+            return math.nan
+        known = subject or self._subject
+        model = known.model
         total = 0.0
-        with applied(self._subject.targets, self._subject.spectra, plan):
+        with applied(known.targets, known.spectra, plan):
             for batch, base_inputs in zip(self._batches, head_inputs, strict=True):
                 with _head_sees(model, lambda own, base=base_inputs: torch.cat([own, base])):  # type: ignore[misc]
                     adapted, base = answer_logits(model, _twice(batch)).chunk(2)

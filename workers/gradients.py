@@ -56,6 +56,7 @@ class _Recorder:
     """One target: adds up its components' effects as gradients come through."""
 
     def __init__(self, target: Target, spectrum: Spectrum, effect: Tensor) -> None:
+        self.target = target
         self.bias = target.bias
         self.spectrum = spectrum
         self.effect = effect  # (N, rank), added to in place
@@ -69,17 +70,19 @@ class _Recorder:
     def on_input(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Forward pre-hook."""
         self.called = True
-        return (_Tap.apply(inputs[0], self), *inputs[1:])  # type: ignore[no-untyped-call]
+        return (_Tap.apply(inputs[0], inputs[0], self), *inputs[1:])  # type: ignore[no-untyped-call]
 
     def on_output(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """Forward hook."""
         self.called = True
-        tapped: Tensor = _Tap.apply(output, self)  # type: ignore[no-untyped-call]
+        value = output if self.spectrum.side == "out" else inputs[0].detach()
+        tapped: Tensor = _Tap.apply(output, value, self)  # type: ignore[no-untyped-call]
         return tapped
 
     def attach(self, module: nn.Module) -> RemovableHandle:
-        """Hook the side of the module that the components' basis is of."""
-        if self.spectrum.side == "in":
+        """Hook the side of the module that the components' basis is of; the output for a row block, since what the
+        module sends back is the gradient of all rows."""
+        if self.spectrum.side == "in" and self.target.rows is None:
             return module.register_forward_pre_hook(self.on_input)
         return module.register_forward_hook(self.on_output)
 
@@ -88,9 +91,16 @@ class _Recorder:
 
         Args:
             value: X or Y, (R, T, width) or (R T, width).
-            gradient: dX or D, of the same shape.
+            gradient: dX or D, of the same shape; D for a row block.
         """
         started = time.perf_counter()
+        rows = self.target.rows
+        if rows is not None:
+            gradient = gradient[..., rows.index]
+            if self.spectrum.side == "in":
+                gradient = gradient @ self.target.weight
+            else:
+                value = value[..., rows.index]
         if self.spectrum.side == "out" and self.bias is not None:
             value = value - self.bias
         R = self.rows.numel()
@@ -108,23 +118,23 @@ class _Recorder:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity, whose backward shows a recorder the value together with its gradient.
+    """The identity, whose backward shows a recorder the gradient together with a value of the forward.
 
     Autograd itself keeps the value from the forward to the backward: so it is freed as soon as it is used, and is
     not kept at all but computed again where a block is checkpointed.
     """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, recorder: _Recorder) -> Tensor:
+    def forward(ctx: Any, through: Tensor, value: Tensor, recorder: _Recorder) -> Tensor:
         ctx.save_for_backward(value)
         ctx.recorder = recorder
-        return value.view_as(value)
+        return through.view_as(through)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (value,) = ctx.saved_tensors
         ctx.recorder.add(value, gradients[0])
-        return gradients[0], None
+        return gradients[0], None, None
 
 
 def _wide_enough(tensor: Tensor) -> torch.dtype:

@@ -31,6 +31,8 @@ ETA_FROM_PERCENT = 8.0
 class Clock:
     """Seconds of the passes by kind of work; `fb` is one forward and backward, the unit of cost."""
 
+    decomposing: float = 0.0
+    """What a strategy had decomposed beside the model's weights; never part of the cost in FB."""
     backward: float = 0.0
     ranking: float = 0.0
     searching: float = 0.0
@@ -86,6 +88,7 @@ class Progress:
         """Seconds and FB of each stage, memory, and what is to be shipped."""
         seconds = {
             **self.seconds,
+            Stage.DECOMPOSING: self.seconds[Stage.DECOMPOSING] + clock.decomposing,
             Stage.BACKWARD: clock.backward,
             Stage.RANKING: clock.ranking,
             Stage.SEARCHING: clock.searching,

@@ -48,12 +48,13 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
     base = found.outcomes[0]
     returned = found.outcomes[-1] if found.verdict.improved else base
     first = found.outcomes[1] if len(found.outcomes) > 1 else None
+    entries = _plan_entries(found.subject, found.plan)
     parameters = sum(p.numel() for p in found.subject.model.parameters())
     return Report(
         improved=found.verdict.improved,
         verdict=found.verdict.sentence,
         difference=found.verdict.difference,
-        removed=Removed(components=found.plan.size, modules=len(found.plan.components)),
+        removed=Removed(components=found.plan.size, modules=len({entry.module for entry in entries})),
         drift=_drift(found, -1 if found.verdict.improved else 0),
         model=ModelInfo(
             id=model.id,
@@ -61,10 +62,11 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
             architecture=model.architecture,
             dtype=found.subject.dtype,
             parameters=parameters,
-            target_modules=len(found.subject.targets),
-            components=sum(spectrum.rank for spectrum in found.subject.spectra.values()),
+            target_modules=len({target.module_name for target in found.search.ranked_targets}),
+            components=sum(min(target.shape) for target in found.search.ranked_targets),
         ),
         strategy=spec.strategy,
+        strategy_options=spec.options,
         objective=spec.objective,
         prompt_format=spec.prompt_format,
         seed=spec.seed,
@@ -79,7 +81,7 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
         max_drift=spec.max_drift,
         passes=found.search.passes,
         outlook=_outlook(spec, found.search),
-        plan=_plan_entries(found.subject, found.plan),
+        plan=entries,
         skipped_modules=found.skipped,
         verification=found.verification,
         rounding_loss=found.rounding_loss,
@@ -117,10 +119,13 @@ def _plan_entries(subject: Subject, plan: Plan) -> list[PlanEntry]:
         if components:
             S = subject.spectra[target.name].S.double()
             removed = torch.linalg.vector_norm(S[list(components)]) / torch.linalg.vector_norm(S)
-            out, in_ = target.weight.shape
             entries.append(
                 PlanEntry(
-                    module=target.name, shape=(out, in_), components=list(components), relative_norm=float(removed)
+                    module=target.module_name,
+                    rows=target.rows.label if target.rows else None,
+                    shape=target.shape,
+                    components=list(components),
+                    relative_norm=float(removed),
                 )
             )
     return entries

@@ -26,12 +26,17 @@ def applied_unrounded(targets: Sequence[Target], spectra: Mapping[str, Spectrum]
 
     Memory: twice that of each weight that the plan touches.
     """
+    wide: dict[str, tuple[nn.Module, Tensor]] = {}
+    for target in targets:
+        components = plan.components.get(target.name)
+        if components:
+            _, W = wide.setdefault(target.module_name, (target.module, target.whole_weight.float().clone()))
+            new = pruned(target.weight.float(), spectra[target.name], components)
+            W[slice(None) if target.rows is None else target.rows.index] = new
     with ExitStack() as stack:
-        for target in targets:
-            components = plan.components.get(target.name)
-            if components:
-                W = pruned(target.weight.float(), spectra[target.name], components)
-                stack.callback(target.module.register_forward_hook(_product(W, target.bias)).remove)
+        for module, W in wide.values():
+            bias = module.bias.detach() if isinstance(module.bias, Tensor) else None
+            stack.callback(module.register_forward_hook(_product(W, bias)).remove)
         yield
 
 

@@ -1,7 +1,8 @@
 """The search: from one backward pass to an accepted plan, and again from there.
 
-Each pass takes effects, ranks, tries plans of growing size on examples that the ranking has not seen, keeps the
-one of least loss, and accepts it if its loss is lower than the current model's by a paired test.
+Each pass takes effects, has a strategy rank and propose candidates (`workers.proposals`), tries them on examples that
+the ranking has not seen, and takes the best if it is better than the current model (`workers.trials`). The default
+strategy's are plans of growing size, of which the one of least loss is accepted by a paired test.
 
 Splits are `Track`s. With examples enough there is one: ranked by the gradient split, judged on the selection
 split. With few there is one a fold, ranked by the other folds and judged on its own (cross-fitting), and one more
@@ -14,37 +15,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from service.errors import UnusableModel
 from service.jobs import Objective, Stage
 from service.reports import Candidate, PassReport
+from workers.bounds import DriftBound
 from workers.evaluation import Outcome, evaluate, paired_p
 from workers.examples import Encoded, Layout
 from workers.gradients import Effects, effects
 from workers.progress import Clock
+from workers.proposals import Components, Proposal, Proposals, Proposer
 from workers.pruning import applied
-from workers.ranking import Plan, Ranking, rank, sizes
-from workers.spectrum import Spectrum
+from workers.ranking import Plan
+from workers.spectrum import Spectrum, decompose
 from workers.targets import Target
+from workers.trials import OUTCOME_FIELDS, Choice, Trial, choose_by_accuracy, choose_by_loss, completed
 
-# A pass is accepted if the paired, one-sided t-test on the selection losses gives a p below this: stricter than .05,
-# since the best of several plans is tested, and not Bonferroni's, since the plans are nested and fare alike.
-SIGNIFICANCE = 0.02
-OUTCOME_FIELDS = ("loss", "exact", "predicted", "correct")
 # Sizes tried beyond the best so far before a pass ends: the loss is not always convex in the size.
 PATIENCE = 2
 # Candidates are first judged on every fourth example, if that leaves this many, and the best two on all.
 STRIDE = 4
 FEWEST_JUDGED = 24
 FINALISTS = 2
-# Where `max_drift` ends a grid, the sizes between are halved this often, and on until one is allowed.
-BISECTIONS = 2
 # A pass that still lowered the loss by this fraction suggests that another would pay.
 STILL_FALLING = 0.02
 
@@ -58,6 +56,14 @@ class Subject:
     spectra: Mapping[str, Spectrum]
     objective: Objective
     layout: Layout
+    decompose: Callable[[Tensor], Spectrum] = decompose
+    """How more weights are decomposed, row blocks say: from a cache, where there is one."""
+
+    def with_targets(self, more: Sequence[Target]) -> Subject:
+        """The same model with more targets, decomposed."""
+        new = [target for target in more if target.name not in self.spectra]
+        spectra = {target.name: self.decompose(target.weight) for target in new}
+        return replace(self, targets=[*self.targets, *new], spectra={**self.spectra, **spectra})
 
     @property
     def dtype(self) -> str:
@@ -72,62 +78,6 @@ class Track:
     fit: list[int]
     judge: list[int]
     plan: Plan = field(default_factory=Plan)
-
-
-@dataclass
-class Trial:
-    """One candidate of a pass."""
-
-    size: int
-    plans: list[Plan]
-    """For each judging track."""
-    outcome: Outcome
-    """NaN for examples that it was not judged on."""
-    seconds: float
-
-    @property
-    def complete(self) -> bool:
-        """Whether it was judged on all examples."""
-        return not np.isnan(self.outcome.loss).any()
-
-    def gain(self, current: Outcome) -> float:
-        """By how much its mean loss is lower than the current model's, on the examples that it was judged on."""
-        return float(np.nanmean(current.loss - self.outcome.loss))
-
-
-@dataclass(frozen=True)
-class DriftBound:
-    """`max_drift`. It binds the result's plan alone, whole, from the base: the plans of other tracks are returned to
-    nobody and only estimate what the result is worth."""
-
-    drift: Callable[[Plan], float]
-    most: float
-
-    def within(self, grid: Sequence[int], plan_of: Callable[[int], Plan], refused: list[int]) -> Iterator[int]:
-        """The sizes that are allowed, measured as they are asked for: the grid's, up to the first that is over, and
-        the largest found between the last two. Drift grows with size, all but always.
-
-        Args:
-            refused: what is over is added here, so that the last of it is the least.
-        """
-        last = 0
-        for size in grid:
-            if self.drift(plan_of(size)) > self.most:
-                refused.append(size)
-                break
-            yield size
-            last = size
-        if not refused:
-            return
-        allowed, halved = last, 0
-        while refused[-1] - allowed > 1 and (halved < BISECTIONS or not allowed):
-            middle, halved = (allowed + refused[-1]) // 2, halved + 1
-            if self.drift(plan_of(middle)) > self.most:
-                refused.append(middle)
-            else:
-                allowed = middle
-        if allowed > last:
-            yield allowed
 
 
 class OnStep(Protocol):
@@ -145,19 +95,25 @@ class Search:
         pool: Sequence[Encoded],
         tracks: Sequence[Track],
         result: Track,
+        proposer: Proposer[Any] | None = None,
         bound: DriftBound | None = None,
     ) -> None:
         """
         Args:
             tracks: those that judge; together they judge each example at most once.
             result: the track whose plan is the result; one of `tracks`, or one more.
+            proposer: the strategy, `Components` if none is given; `workers.strategies` makes it from a job's options.
             bound: that no accepted plan exceeds; None for none.
         """
         self.subject = subject
+        """With the row blocks that the strategy looked into, once it has."""
+        self.ranked_targets = subject.targets
+        """Those that effects are taken of."""
+        self.proposer = Components() if proposer is None else proposer
+        self.bound = bound
         self.pool = pool
         self.tracks = list(tracks)
         self.result = result
-        self.bound = bound
         self.all_tracks = self.tracks if result in self.tracks else [*self.tracks, result]
         self.judged = sorted(row for track in self.tracks for row in track.judge)
         self.clock = Clock()
@@ -186,85 +142,153 @@ class Search:
 
     def _one_pass(self, number: int, current: Outcome, on_step: OnStep) -> tuple[PassReport, Outcome]:
         began = time.perf_counter()
-        rankings = self._rank(number, on_step)
+        before, size_before = current, self.result.plan.size
+        loss = float(before.loss.mean())
+        ranked = self._rank(number, on_step)
         started = time.perf_counter()
-        loss = float(current.loss.mean())
-        grid, refused = sizes(rankings[-1], loss), list[int]()
-        trials = self._try(rankings, current, grid, partial(on_step, Stage.SEARCHING, number), refused)
-        best = max(trials, key=lambda trial: (trial.complete, trial.gain(current)), default=None)
-        p = 1.0
-        if best is not None and best.complete and best.gain(current) > 0:
-            p = paired_p(best.outcome.loss - current.loss, two_sided=False)
-        accepted = best is not None and p < SIGNIFICANCE
-        chosen, outcome = (best.size, best.outcome) if best is not None and accepted else (0, current)
-        for track, ranking in zip(self.all_tracks, rankings, strict=True):
-            track.plan = track.plan.union(ranking.first(chosen))
-        fall = loss - float(outcome.loss.mean())
-        self.clock.searching += time.perf_counter() - started
+        proposals = self.proposer.propose(ranked, [track.plan for track in self.all_tracks], loss)
+        decomposing = time.perf_counter()
+        self.subject = self.subject.with_targets(proposals.blocks)
+        decomposed = time.perf_counter() - decomposing
+        self.clock.decomposing += decomposed
+
+        doubts: list[Trial] = []
+        if proposals.settled is not None:
+            on_step(Stage.SEARCHING, number, 0.0, f"trying {len(proposals.doubts)} components by themselves")
+            doubts = [self._trial(doubt, self._few()) for doubt in proposals.doubts]
+            proposals = proposals.settled([doubt.gain(current) > 0 for doubt in doubts])
+        candidates, choices = self._rounds(proposals, current, partial(on_step, Stage.SEARCHING, number))
+        current = choices[-1].outcome
+        kept = [choice for choice in choices if choice.kept is not None]
+        fall = loss - float(current.loss.mean())
+        self.clock.searching += time.perf_counter() - started - decomposed
         report = PassReport(
             number=number,
             base_loss=loss,
-            candidates=[_candidate(trial, rankings[-1], current) for trial in trials],
-            chosen=chosen,
-            loss=float(outcome.loss.mean()),
-            p=p,
-            accepted=accepted,
-            reason=_reason(trials, chosen, p, refused),
+            candidates=[*(doubt.report(current) for doubt in doubts), *candidates],
+            chosen=self.result.plan.size - size_before,
+            loss=float(current.loss.mean()),
+            p=paired_p(current.loss - before.loss, two_sided=False) if kept else choices[-1].p,
+            accepted=bool(kept),
+            reason="; ".join(choice.reason for choice in kept or choices[-1:]),
             still_falling=fall > STILL_FALLING * loss,
             seconds=time.perf_counter() - began,
         )
-        return report, outcome
+        return report, current
 
-    def _try(
-        self,
-        rankings: Sequence[Ranking],
-        current: Outcome,
-        grid: Sequence[int],
-        on_trial: Callable[[float, str], None],
-        refused: list[int],
+    def _rounds(
+        self, proposals: Proposals, current: Outcome, on_step: Callable[[float, str], None]
+    ) -> tuple[list[Candidate], list[Choice]]:
+        """Try a pass's candidates and keep what helps, round after round."""
+        candidates: list[Candidate] = []
+        choices: list[Choice] = []
+        rounds = len(proposals.rounds)
+        for k, proposed in enumerate(proposals.rounds):
+
+            def on_trial(fraction: float, message: str, k: int = k) -> None:
+                on_step((k + fraction) / rounds, message)
+
+            refused: list[Proposal] = []
+            if self.proposer.nested:
+                allowed = self._within_bound(proposed, proposals, refused)
+                trials = self._try_nested(allowed, len(proposed), current, on_trial)
+            else:
+                trials = self._try_all(self._allowed(proposed, refused), len(proposed), current, on_trial)
+            candidates += [trial.report(current) for trial in trials]
+            choice = self._choose(trials, current)
+            choices.append(replace(choice, reason=_with_refused(choice.reason, trials, refused)))
+            for j, (track, pick) in enumerate(zip(self.all_tracks, choices[-1].picks, strict=True)):
+                if pick is not None:
+                    track.plan = track.plan.union(pick.proposal.addition(j))
+            current = choices[-1].outcome
+            if sum(choice.kept is not None for choice in choices) == proposals.most_kept:
+                break
+        return candidates, choices
+
+    def _choose(self, trials: Sequence[Trial], current: Outcome) -> Choice:
+        if self.proposer.nested:
+            return choose_by_loss(trials, current, len(self.all_tracks))
+        at = {row: k for k, row in enumerate(self.judged)}
+        judged = [[at[row] for row in track.judge] for track in self.tracks]
+        return choose_by_accuracy(trials, current, judged, len(self.all_tracks))
+
+    def _within_bound(
+        self, grid: Sequence[Proposal], proposals: Proposals, refused: list[Proposal]
+    ) -> Iterable[Proposal]:
+        if self.bound is None or proposals.of_size is None:
+            return grid
+        return self.bound.within(grid, proposals.of_size, self._result_with, refused)
+
+    def _allowed(self, proposed: Sequence[Proposal], refused: list[Proposal]) -> Iterator[Proposal]:
+        for proposal in proposed:
+            if self.bound is None or self.bound.allows(self._result_with(proposal)):
+                yield proposal
+            else:
+                refused.append(proposal)
+
+    def _result_with(self, proposal: Proposal) -> Plan:
+        return self.result.plan.union(proposal.addition(len(self.all_tracks) - 1))
+
+    def _try_nested(
+        self, proposals: Iterable[Proposal], most: int, current: Outcome, on_trial: Callable[[float, str], None]
     ) -> list[Trial]:
-        """Judge plans of growing size, first on a few of the examples, the finalists on all. `refused` gets the
-        sizes whose drift is over the bound."""
-        allowed: Iterable[int] = grid
-        if self.bound is not None:
-            allowed = self.bound.within(grid, lambda n: self.result.plan.union(rankings[-1].first(n)), refused)
-        stride = max(1, min(STRIDE, len(self.judged) // FEWEST_JUDGED))
-        few, rest = self.judged[::stride], [row for k, row in enumerate(self.judged) if k % stride]
+        """Judge plans of growing size, first on a few of the examples, the finalists on all."""
+        few = self._few()
+        rest = sorted(set(self.judged) - set(few))
         trials: list[Trial] = []
-        for k, n in enumerate(allowed):
-            on_trial(k / (len(grid) + FINALISTS), f"trying without {n} components")
-            plans = [track.plan.union(r.first(n)) for track, r in zip(self.tracks, rankings, strict=False)]
-            at = time.perf_counter()
-            trials.append(Trial(n, plans, self._judge(plans, few), time.perf_counter() - at))
+        steps = most + FINALISTS
+        for k, proposal in enumerate(proposals):
+            on_trial(min(k, most) / steps, f"trying without {proposal.description}")
+            trials.append(self._trial(proposal, few))
             best = max(range(len(trials)), key=lambda j: trials[j].gain(current))
             if trials[best].gain(current) > 0 and len(trials) - 1 - best >= PATIENCE:
                 break
         finalists = sorted(trials, key=lambda trial: -trial.gain(current))[:FINALISTS] if rest else []
         for k, trial in enumerate(finalists):
-            on_trial((len(grid) + k) / (len(grid) + FINALISTS), f"judging {trial.size} components on all examples")
+            on_trial((most + k) / steps, f"judging {trial.proposal.description} on all examples")
             at = time.perf_counter()
-            trial.outcome = _merge(trial.outcome, self._judge(trial.plans, rest))
+            trial.outcome = completed(trial.outcome, self._judge(trial.plans, rest))
             trial.seconds += time.perf_counter() - at
         return trials
 
-    def _rank(self, number: int, on_step: OnStep) -> list[Ranking]:
-        """A ranking for each track, the result's last."""
+    def _few(self) -> list[int]:
+        """Those of the judged examples that candidates are first judged on."""
+        return self.judged[:: max(1, min(STRIDE, len(self.judged) // FEWEST_JUDGED))]
+
+    def _try_all(
+        self, proposals: Iterable[Proposal], most: int, current: Outcome, on_trial: Callable[[float, str], None]
+    ) -> list[Trial]:
+        """Judge every candidate on all examples."""
+        trials = []
+        for k, proposal in enumerate(proposals):
+            on_trial(k / most, f"trying {proposal.description}")
+            trials.append(self._trial(proposal, self.judged))
+        return trials
+
+    def _trial(self, proposal: Proposal, rows: Collection[int]) -> Trial:
+        plans = [track.plan.union(proposal.addition(k)) for k, track in enumerate(self.tracks)]
+        at = time.perf_counter()
+        return Trial(proposal, plans, self._judge(plans, rows), time.perf_counter() - at)
+
+    def _rank(self, number: int, on_step: OnStep) -> list[Any]:
+        """What the strategy makes of each track, the result's last."""
         on_batch = partial(on_step, Stage.BACKWARD, number, message=f"pass {number}: backward")
         shared: Effects | None = None
         rows = sorted({row for track in self.all_tracks for row in track.fit})
         if number == 1:  # all plans are empty: one backward serves every track
             shared = self._backward(rows, Plan(), on_batch)
-        rankings = []
+        ranked = []
         for track in self.all_tracks:
             found = shared
-            if found is None:
+            if found is None and self.proposer.by_effects:
                 rows, found = track.fit, self._backward(track.fit, track.plan, on_batch)
             started = time.perf_counter()
             on_step(Stage.RANKING, number, 0.0, f"pass {number}: ranking")
             position = {row: k for k, row in enumerate(rows)}
-            rankings.append(rank(found.by_module, [position[row] for row in track.fit], track.plan))
+            by_target = {} if found is None else found.by_module
+            ranked.append(self.proposer.rank(by_target, [position[row] for row in track.fit], track.plan))
             self.clock.ranking += time.perf_counter() - started
-        return rankings
+        return ranked
 
     def _backward(self, rows: Sequence[int], plan: Plan, on_batch: Callable[[float], None]) -> Effects:
         """The effects on some of the pool's examples, of the model without the plan's components."""
@@ -273,7 +297,7 @@ class Search:
         with applied(subject.targets, subject.spectra, plan):
             found, self.unreached = effects(
                 subject.model,
-                subject.targets,
+                self.ranked_targets,
                 subject.spectra,
                 [self.pool[row] for row in rows],
                 subject.objective,
@@ -299,49 +323,23 @@ class Search:
             mine = [row for row in track.judge if row in wanted]
             if not mine:
                 continue
-            with applied(self.subject.targets, self.subject.spectra, plan):
-                encoded = [self.pool[row] for row in mine]
-                part = evaluate(self.subject.model, encoded, self.subject.objective, self.subject.layout)
+            part = self._evaluate(plan, mine)
             where = [at[row] for row in mine]
             for field_name in OUTCOME_FIELDS:
                 getattr(whole, field_name)[where] = getattr(part, field_name)
         return whole
 
-
-def _merge(first: Outcome, second: Outcome) -> Outcome:
-    """Two outcomes on different examples as one."""
-    missing = np.isnan(first.loss)
-    return Outcome(*(np.where(missing, getattr(second, f), getattr(first, f)) for f in OUTCOME_FIELDS))
-
-
-def _candidate(trial: Trial, ranking: Ranking, current: Outcome) -> Candidate:
-    judged = ~np.isnan(trial.outcome.loss)
-    correct = trial.outcome.correct[judged]
-    closed = correct[~np.isnan(correct)]
-    return Candidate(
-        size=trial.size,
-        examples=int(judged.sum()),
-        base_loss=float(current.loss[judged].mean()),
-        predicted_loss=float(current.loss[judged].mean()) - float(ranking.predicted[trial.size - 1]),
-        loss=float(trial.outcome.loss[judged].mean()),
-        accuracy=float(closed.mean()) if closed.size else None,
-        exact_match=float(trial.outcome.exact[judged].mean()),
-        seconds=trial.seconds,
-    )
+    def _evaluate(self, plan: Plan, rows: Sequence[int]) -> Outcome:
+        """The model without the plan's components on some of the pool's examples."""
+        subject = self.subject
+        with applied(subject.targets, subject.spectra, plan):
+            encoded = [self.pool[row] for row in rows]
+            return evaluate(subject.model, encoded, subject.objective, subject.layout)
 
 
-def _reason(trials: Sequence[Trial], chosen: int, p: float, refused: Sequence[int]) -> str:
-    if refused and not trials:
-        return "removing one component more would take the drift over max_drift"
-    stopped = f"; removing {refused[-1]} would take the drift over max_drift" if refused else ""
-    return _judgement(trials, chosen, p) + stopped
-
-
-def _judgement(trials: Sequence[Trial], chosen: int, p: float) -> str:
+def _with_refused(reason: str, trials: Sequence[Trial], refused: Sequence[Proposal]) -> str:
+    if not refused:
+        return reason
     if not trials:
-        return "no component has a harmful effect that stands out"
-    if chosen:
-        return f"removing {chosen} components lowered the selection loss (p = {p:.2g})"
-    if p == 1.0:
-        return "no candidate lowered the selection loss"
-    return f"the best candidate's fall in selection loss is not significant (p = {p:.3f})"
+        return "the least that could be removed would take the drift over max_drift"
+    return f"{reason}; removing {refused[-1].description} would take the drift over max_drift"

@@ -8,7 +8,7 @@ handled (fused expert tensors, a weight that two modules share) is named, not si
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,29 +16,64 @@ from transformers.pytorch_utils import Conv1D
 
 from service.errors import UnusableModel
 from service.reports import SkippedModule
+from workers.truncation import RowBlock, clustered_blocks, contiguous_blocks
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """One weight matrix that components can be removed from."""
+    """One weight matrix, or a block of its rows, that components can be removed from."""
 
-    name: str
-    """The module's name in the model, `model.layers.3.mlp.up_proj`."""
+    module_name: str
+    """Its name in the model, `model.layers.3.mlp.up_proj`."""
     module: nn.Module
     transposed: bool
     """Whether the module stores (in, out), as `Conv1D` does."""
+    layer: int = 0
+    """The index of the decoder block that it lies in."""
+    rows: RowBlock | None = None
+    """The output rows that are meant; None for all."""
 
     @property
-    def weight(self) -> Tensor:
-        """The weight as (out, in): the parameter itself or a transposed view of it, never a copy."""
+    def name(self) -> str:
+        """The module's name, with the rows where they are not all: `model.layers.3.mlp.up_proj[0:192]`."""
+        return self.module_name if self.rows is None else f"{self.module_name}[{self.rows.label}]"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of `weight`."""
+        out, in_ = self.whole_weight.shape
+        return (out if self.rows is None else self.rows.size), in_
+
+    @property
+    def whole_weight(self) -> Tensor:
+        """The module's weight as (out, in): the parameter itself or a transposed view of it, never a copy."""
         weight = self.module.get_parameter("weight").detach()
         return weight.T if self.transposed else weight
 
     @property
+    def weight(self) -> Tensor:
+        """The target's rows of `whole_weight`: a view of them, but for clustered rows, which are copied."""
+        return self.whole_weight if self.rows is None else self.whole_weight[self.rows.index]
+
+    @property
     def bias(self) -> Tensor | None:
-        """The bias (out,), if there is one."""
+        """The bias of the target's rows, if there is one."""
         bias = self.module.bias
-        return bias.detach() if isinstance(bias, Tensor) else None
+        if not isinstance(bias, Tensor):
+            return None
+        return bias.detach() if self.rows is None else bias.detach()[self.rows.index]
+
+    def split(self, blocks: int) -> list[Target]:
+        """The target as so many targets of neighbouring rows; itself where that is one."""
+        if blocks == 1:
+            return [self]
+        return [replace(self, rows=block) for block in contiguous_blocks(self.weight.shape[0], blocks)]
+
+    def cluster(self, blocks: int, seed: int) -> list[Target]:
+        """The target as so many targets of similar rows, by k-means; itself where that is one."""
+        if blocks == 1:
+            return [self]
+        return [replace(self, rows=block) for block in clustered_blocks(self.weight, blocks, seed)]
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -77,7 +112,8 @@ def find_targets(model: nn.Module) -> tuple[list[Target], list[SkippedModule]]:
         elif uses[id(module.weight)] > 1:
             reason = "it shares its weight with another module"
         if reason is None:
-            targets.append(Target(name, module, isinstance(module, Conv1D)))
+            layer = int(name.removeprefix(f"{prefix}.").partition(".")[0])
+            targets.append(Target(name, module, isinstance(module, Conv1D), layer))
         else:
             skipped.append(SkippedModule(module=name, reason=reason))
     if not targets:

@@ -1,0 +1,11 @@
+"""What every model of the contract is: closed, frozen, finite."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Strict(BaseModel):
+    """Refuses fields that it does not know and numbers that are none; does not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -1,0 +1,78 @@
+"""Which candidate is taken by accuracy: ties, losses, folds, and models that break."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from workers.evaluation import Outcome, paired_p
+from workers.proposals import Proposal
+from workers.ranking import Plan
+from workers.trials import Trial, choose_by_accuracy
+
+
+def outcome(right: Sequence[float], loss: Sequence[float], open_rows: Sequence[int] = ()) -> Outcome:
+    correct = np.array(right, dtype=float)
+    exact = np.zeros(len(right))
+    for row in open_rows:
+        exact[row], correct[row] = correct[row], np.nan
+    return Outcome(np.array(loss, dtype=float), exact, np.zeros(len(right), dtype=np.int64), correct)
+
+
+def trial(name: str, found: Outcome) -> Trial:
+    return Trial(Proposal(name, 1, None, lambda _: Plan()), [], found, 0.0)
+
+
+BASE = outcome([1, 0, 0, 0], [1, 1, 1, 1])
+
+
+def taken(*trials: Trial) -> str | None:
+    choice = choose_by_accuracy(trials, BASE, [[0, 1, 2, 3]], 1)
+    assert (choice.kept is None) == (choice.outcome is BASE)
+    return choice.kept.proposal.description if choice.kept else None
+
+
+def test_the_most_accurate_is_taken_whatever_its_loss() -> None:
+    assert (
+        taken(trial("calm", outcome([1, 1, 0, 0], [0] * 4)), trial("right", outcome([1, 1, 1, 0], [3] * 4))) == "right"
+    )
+
+
+def test_of_equally_accurate_ones_that_of_least_loss_then_the_first() -> None:
+    a, b, c = (trial(n, outcome([0, 1, 1, 0], [loss] * 4)) for n, loss in (("a", 0.9), ("b", 0.5), ("c", 0.5)))
+    assert taken(a, b, c) == "b"
+
+
+def test_an_open_example_is_right_where_it_is_to_the_letter() -> None:
+    assert taken(trial("exact", outcome([1, 0, 1, 0], [2] * 4, open_rows=[2]))) == "exact"
+
+
+def test_what_is_no_better_than_the_model_is_not_taken() -> None:
+    assert taken() is None
+    assert taken(trial("same", BASE), trial("worse", outcome([0, 0, 0, 0], [0] * 4))) is None
+    assert taken(trial("cheaper", outcome([0, 0, 0, 1], [0.9] * 4))) == "cheaper"
+
+
+def test_a_model_that_breaks_on_some_example_is_not_taken() -> None:
+    assert taken(trial("broken", outcome([1, 1, 1, 1], [0, 0, 0, math.inf]))) is None
+
+
+def test_where_there_are_folds_each_takes_what_the_others_find_best_and_shows_what_it_is_worth() -> None:
+    # "left" is right on the first fold alone, "right" on the second alone: each fold must take the other's favourite.
+    left, right = trial("left", outcome([1, 1, 0, 0], [0.1, 0.2, 2, 2])), trial("right", outcome([0, 0, 1, 1], [2] * 4))
+    base = outcome([0, 0, 0, 0], [1, 1, 1, 1])
+    choice = choose_by_accuracy([left, right], base, [[0, 1], [2, 3]], 3)
+    assert [pick and pick.proposal.description for pick in choice.picks] == ["right", "left", "left"]
+    assert choice.outcome.correct.tolist() == [0, 0, 0, 0]
+    assert choice.outcome.loss.tolist() == [2, 2, 2, 2]
+    assert choice.p == pytest.approx(paired_p(np.ones(4), two_sided=False))
+
+
+def test_a_fold_whose_others_find_nothing_stays_as_it_was() -> None:
+    only = trial("only", outcome([1, 1, 0, 0], [1, 1, 1, 1]))
+    choice = choose_by_accuracy([only], outcome([0, 0, 0, 0], [1, 1, 1, 1]), [[0, 1], [2, 3]], 3)
+    assert [pick and pick.proposal.description for pick in choice.picks] == [None, "only", "only"]
+    assert choice.outcome.correct.tolist() == [0, 0, 0, 0]

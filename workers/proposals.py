@@ -1,0 +1,122 @@
+"""What a strategy says to the search: which plans to try, and the default strategy, `components`.
+
+A strategy proposes, the search judges. Each pass gives a strategy the effects that every track has taken on its own
+examples; the strategy ranks for each track, and proposes candidates that are one for all tracks: the first 128
+components, the second matrix kept to 5 %. What they remove is each track's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from workers.ranking import Plan, Ranking, rank, sizes
+from workers.targets import Target
+
+T = TypeVar("T")
+# At most so many components a pass are tried by themselves; more in doubt are left alone.
+DOUBTS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """One candidate."""
+
+    description: str
+    """What the result's track would remove, in words."""
+    size: int
+    """How many components the result's track would remove beyond its plan."""
+    fall: float | None
+    """How far first order predicts that the result's loss falls."""
+    addition: Callable[[int], Plan]
+    """What track k would remove beyond its plan; made when asked for, since many candidates are never tried."""
+
+
+@dataclass(frozen=True, eq=False)
+class Proposals:
+    """The candidates of one pass."""
+
+    rounds: Sequence[Sequence[Proposal]]
+    """At least one. Of each the best is kept if it helps, and the rounds after it go on from there."""
+    most_kept: int = 1
+    """The pass ends when so many rounds have kept a candidate."""
+    of_size: Callable[[int], Proposal] | None = None
+    """Of nested candidates: one between two of them."""
+    doubts: Sequence[Proposal] = ()
+    """Of nested candidates: what is to be tried by itself before it may be part of one."""
+    settled: Callable[[Sequence[bool]], Proposals] | None = None
+    """The proposals once it is known which of `doubts` lower the loss."""
+    blocks: Sequence[Target] = ()
+    """Row blocks that the candidates remove components of, beside the targets that effects are taken of."""
+
+
+class Proposer(Protocol[T]):
+    """A strategy under way."""
+
+    nested: bool
+    """Whether each candidate contains the one before it: they are then judged on a few examples first, while they
+    get better, by their loss, and accepted by a test of it. Else every candidate is judged on all examples, and the
+    one of highest accuracy taken."""
+    by_effects: bool
+    """Whether a ranking needs effects, and so every pass a backward. The first pass takes one anyway: its time is
+    the unit of cost."""
+
+    def rank(self, effects: Mapping[str, Tensor], rows: Sequence[int], removed: Plan) -> T:
+        """What one track would remove, in order.
+
+        Args:
+            effects: for each target (N, rank); empty where none were taken.
+            rows: the examples among N that the track is fitted on.
+            removed: the track's plan so far.
+        """
+
+    def propose(self, ranked: Sequence[T], plans: Sequence[Plan], loss: float) -> Proposals:
+        """The candidates of a pass.
+
+        Args:
+            ranked: of each track, the result's last.
+            plans: of each track so far.
+            loss: the current mean loss.
+        """
+
+
+class Components:
+    """Singular components of all targets in one list by t; the first n go, n on a growing grid (METHOD 4)."""
+
+    nested = True
+    by_effects = True
+
+    def rank(self, effects: Mapping[str, Tensor], rows: Sequence[int], removed: Plan) -> Ranking:
+        return rank(effects, rows, removed)
+
+    def propose(self, ranked: Sequence[Ranking], plans: Sequence[Plan], loss: float) -> Proposals:
+        doubtful = list(dict.fromkeys(single for r in reversed(ranked) for single in r.doubtful(loss)))
+        proposals = self._grid([r.without(set(doubtful)) for r in ranked])
+        if not doubtful:
+            return proposals
+
+        def settled(helpful: Sequence[bool]) -> Proposals:
+            left_out = {single for k, single in enumerate(doubtful) if k >= len(helpful) or not helpful[k]}
+            return self._grid([r.without(left_out) for r in ranked])
+
+        doubts = [
+            Proposal(f"component {i} of {name}", 1, None, lambda _, name=name, i=i: Plan({name: (i,)}))  # type: ignore[misc]
+            for name, i in doubtful[:DOUBTS]
+        ]
+        return replace(proposals, doubts=doubts, settled=settled)
+
+    def _grid(self, ranked: Sequence[Ranking]) -> Proposals:
+        result = ranked[-1]
+
+        def first(n: int, track: int) -> Plan:
+            return ranked[track].first(n)
+
+        def of_size(n: int) -> Proposal:
+            words = f"{n} component" + "s" * (n > 1)
+            return Proposal(words, n, float(result.predicted[n - 1]), partial(first, n))
+
+        return Proposals([[of_size(n) for n in sizes(len(result))]], of_size=of_size)
