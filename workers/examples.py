@@ -85,7 +85,7 @@ def encode(
     else:
         prompts = [example.prompt for example in examples]
         continuations = [list(example.choices or [example.completion]) for example in examples]
-        prefix = _special_prefix(tokenizer)
+        prefix = special_prefix(tokenizer)
     bare = _tokens(tokenizer, prompts)
     joined = iter(_tokens(tokenizer, [p + c for p, cs in zip(prompts, continuations, strict=True) for c in cs]))
     encoded = []
@@ -112,7 +112,7 @@ def _tokens(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
-def _special_prefix(tokenizer: Tokenizer) -> list[int]:
+def special_prefix(tokenizer: Tokenizer) -> list[int]:
     """The special tokens that the tokenizer puts before a text: a Llama's BOS, a GPT-2's nothing."""
     bare = tokenizer(["a"], add_special_tokens=False)["input_ids"][0]
     full = tokenizer(["a"], add_special_tokens=True)["input_ids"][0]
