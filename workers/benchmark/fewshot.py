@@ -98,8 +98,9 @@ class _SharedContext(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        layer, R = self.layers[layer_idx], key_states.shape[0]
-        keys, values = (x.expand(R, -1, -1, -1) for x in (layer.keys, layer.values))
+        layer: Any = self.layers[layer_idx]
+        R = key_states.shape[0]
+        keys, values = (context.expand(R, -1, -1, -1) for context in (layer.keys, layer.values))
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
 
@@ -118,7 +119,8 @@ class Prefixed(nn.Module):
         """Run the context once; None where the model keeps it in another form than all its keys and values."""
         if "position_ids" not in inspect.signature(model.forward).parameters:
             return None
-        cache = DynamicCache(config=model.config)
+        config: Any = model.config
+        cache = DynamicCache(config=config)
         if any(type(layer) is not DynamicLayer for layer in cache.layers):
             return None
         tokens = torch.tensor([list(context)], device=next(model.parameters()).device)

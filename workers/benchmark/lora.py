@@ -130,9 +130,9 @@ def target_modules(model: nn.Module) -> list[str] | str:
         UnusableModel: if the model has no such modules.
     """
     config: Any = model.config
-    known: list[str] | str | None = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(config.model_type)
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(config.model_type)
     if known is not None:
-        return known
+        return known if isinstance(known, str) else list(known)
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     for projections in PROJECTIONS:
         if names.issuperset(projections):

@@ -109,11 +109,8 @@ class Records:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def open(self, run: Run) -> Run:
+    def open(self, run: Run) -> None:
         """Begin a run, or go on with the one that is there.
-
-        Returns:
-            The run as it stands in `run.json`, with the tasks of both.
 
         Raises:
             InvalidInput: what is there was measured with other rows, another model or other task files, or is no run.
@@ -128,8 +125,8 @@ class Records:
         with self._locked("files"):
             if not path.exists():
                 write_whole(path, run.model_dump_json(indent=2))
-                return run
-            there = Run.model_validate_json(path.read_bytes())
+                return
+            there = self.run()
             for name in ("model", "revision", "rows", "objective"):
                 old, new = getattr(there, name), getattr(run, name)
                 if old != new:
@@ -145,7 +142,10 @@ class Records:
                     )
             merged = there.model_copy(update={"tasks": {**there.tasks, **run.tasks}})
             write_whole(path, merged.model_dump_json(indent=2))
-            return merged
+
+    def run(self) -> Run:
+        """What the folder's rows have in common, with the tasks of all who worked on it."""
+        return Run.model_validate_json((self.folder / "run.json").read_bytes())
 
     def rows(self) -> list[Row]:
         """All rows measured so far, by whatever process."""

@@ -83,8 +83,8 @@ def run(
         clock = _Clock([unit for cell in pending for unit in units(cell.left(records, methods))])
         for cell in _claimed(records, pending):
             _measure_cell(cell, bench, encodings[id(cell)], records, methods, clock, say)
-            write_tables(records)
-    write_tables(records)
+            write_tables(records, records.run())
+    write_tables(records, records.run())
     write_plots(records)
     say(f"{len(records.rows())} rows in {out / 'bench.json'}; tables in {out / 'results.md'}")
 
