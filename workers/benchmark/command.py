@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import typer
 
 from service import models
-from service.errors import InvalidInput
+from service.errors import InvalidInput, Unavailable
 from service.jobs import MIN_EXAMPLES
 from service.settings import Settings
 from workers.benchmark.methods import parse_methods
@@ -28,7 +29,10 @@ def run_bench(
 
     Raises:
         InvalidInput: naming the option that is wrong.
+        Unavailable: matplotlib is not installed.
     """
+    if find_spec("matplotlib") is None:
+        raise Unavailable("the plots need matplotlib: pip install 'compress-to-impress[bench]'")
     names = None if tasks is None else _listed(tasks)
     if names == []:
         raise InvalidInput("no task is named", param="tasks")

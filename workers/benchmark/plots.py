@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from service.errors import Unavailable
 from workers.benchmark.records import CandidateRow, Records, Row
 from workers.benchmark.tables import label, methods_of, metric
 
@@ -27,15 +26,9 @@ FREE = {"base": "--", "majority": ":"}
 
 
 def write_plots(records: Records) -> None:
-    """Write `accuracy_by_cost.png` and, if a search tried anything, `reliability.png`.
+    """Write `accuracy_by_cost.png` and, if a search tried anything, `reliability.png`."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - of the extra `bench`; slow to import
 
-    Raises:
-        Unavailable: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - only here, and only of the extra `bench`
-    except ImportError:
-        raise Unavailable("the plots need matplotlib: pip install 'compress-to-impress[bench]'") from None
     figure = Figure(figsize=(9, 6), layout="constrained")
     draw_costs(figure.subplots(), records.rows())
     _save(figure, records.folder / "accuracy_by_cost.png")
@@ -48,6 +41,8 @@ def write_plots(records: Records) -> None:
 
 def draw_costs(axes: Axes, rows: Sequence[Row]) -> None:
     """Metric against FB: a small point for each task, its mean over seeds, and a large one for the mean over tasks."""
+    from matplotlib.ticker import LogLocator  # noqa: PLC0415
+
     styles = zip(COLOURS * 2, MARKERS * 2, strict=True)
     for method in methods_of(rows):
         mine = [row for row in rows if row.method == method]
@@ -63,6 +58,9 @@ def draw_costs(axes: Axes, rows: Sequence[Row]) -> None:
         cost = float(np.mean([row.fb for row in mine]))
         axes.scatter([cost], [height], s=170, color=colour, marker=marker, edgecolors="black", label=label(method))
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("cost of adapting, in forward-and-backward passes over the gradient split (FB)")
     axes.set_ylabel("test accuracy; exact match where there are no choices")

@@ -22,15 +22,16 @@ LABELS = {
 }
 
 NOTES = """\
-Figures are of the test split, by rows that no method has seen: means over tasks and seeds. *Metric* is accuracy over the
-choices; exact match where a task has none, marked with °. ± is the standard deviation over seeds, in the first table of
-the mean over tasks. *Gain* is over the base on the same cells (a cell is one task with one seed), *of LoRA's* the gain as a share of LoRA's
-on the cells that have both. *Better* and *worse*: tasks on which the method differs from the base significantly (p < .05,
-McNemar's exact test, two-sided, the rows of all seeds pooled; test splits of two seeds may share rows), in the metric and in
-exact match. Intervals: 95 %, Wilson, the rows of all seeds pooled. *Parameters* and *bytes* are those of the adapter.
-*Seconds* and FB are the cost of adapting, the test left out; few-shot prompting adapts nothing and pays with every answer: its
-cost is that of the test split behind the context, *test s* is that of the others. One FB is one forward and backward over the gradient
-split, measured for each cell in the same run.
+Figures are of the test split, which no method has seen: means over tasks and seeds. A cell is one task with one seed.
+*Metric* is accuracy over the choices; exact match where a task has none, marked with °. ± is the standard deviation
+over seeds, in the first table of the mean over tasks. *Gain* is over the base on the same cells, *of LoRA's* that gain
+as a share of LoRA's on the cells that have both. *Better/worse*: tasks on which the method differs from the base
+significantly, in the metric and in exact match (p < .05, McNemar's exact test, two-sided, the rows of all seeds pooled;
+the test splits of two seeds may share rows). Intervals: 95 %, Wilson, the rows of all seeds pooled. *Parameters* and
+*bytes* are those of the adapter. *Seconds* and *FB* are the cost of adapting, the test left out. Few-shot prompting
+adapts nothing and pays with every answer: its cost is that of the test split behind the context, to be held against
+the base's *test s*, the seconds of the test split. One FB is one forward and backward over the gradient split, measured
+for each cell in the same run.
 """
 
 
@@ -241,8 +242,8 @@ def _sampled(rows: Sequence[Row]) -> str:
             hours = _mean([row.seconds * factor for row, factor in zip(mine, factors, strict=True)]) / 3600
             fb = _mean([row.fb * factor for row, factor in zip(mine, factors, strict=True)])
             lines.append(
-                f"\n{label(method)} tried a seeded sample of {mine[0].tried:,} of its {mine[0].tried_of:,} candidates a "
-                f"cell; all of them are extrapolated, not measured, to {hours:.1f} hours and {fb:,.0f} FB a cell.\n"
+                f"\n{label(method)} tried a seeded sample of {mine[0].tried:,} of its {mine[0].tried_of:,} candidates "
+                f"a cell; all of them are extrapolated, not measured, to {hours:.1f} hours and {fb:,.0f} FB a cell.\n"
             )
     return "".join(lines)
 
