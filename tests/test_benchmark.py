@@ -25,6 +25,7 @@ from service.jobs import Example
 from tests import live, plain
 from tests.live import REPOSITORY
 from tests.planted import Planted
+from workers.adaptation import layout_for
 from workers.benchmark import fewshot, lora, methods
 from workers.benchmark.cells import OBJECTIVE, Bench, Cell, encode_split, prepare
 from workers.benchmark.methods import components, majority
@@ -272,7 +273,7 @@ def test_a_context_run_once_gives_what_the_long_prompt_gives(
     context = tuple(plain.encoded(folder, [Example(prompt="Answer: yes no yes", completion=" no")])[0].prompt)
     prefixed = fewshot.Prefixed.build(model, context)
     joined = [dataclasses.replace(row, prompt=(*context, *row.prompt)) for row in rows]
-    layout = fewshot.layout_for(plain.loaded(folder), rows)
+    layout = layout_for(plain.loaded(folder), rows)
     if architecture in ("gemma2", "mistral"):  # windows: the context falls out of them
         assert prefixed is None
         return
@@ -341,7 +342,7 @@ def test_lora_lowers_the_loss_and_leaves_the_base_to_the_bit(loaded: Bench, task
 
 def test_lora_that_diverges_is_the_base(loaded: Bench, tasks: Path) -> None:
     cell = cell_of(loaded, tasks, "planted")
-    found = lora.train(cell, learning_rate=1e38)
+    found = lora.train(cell, learning_rate=1e30)
     assert (found.epoch, found.parameters, found.bytes) == (0, 0, 0)
     assert found.selection_losses[-1] == np.inf
     np.testing.assert_allclose(found.outcome.loss, cell.base.loss, rtol=1e-5)
