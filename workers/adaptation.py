@@ -61,7 +61,7 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
         splits = _encode(spec, base, model.context_length)
         modules, skipped = find_targets(base.model)
         targets = dictionary(modules, spec.options)
-        layout = _layout(base, splits)
+        layout = layout_for(base, [*splits.pool, *splits.test])
 
     with progress.stage(Stage.DECOMPOSING, "decomposing the weights"):
         spectra_cache = SpectrumCache(cache / "spectra")
@@ -134,11 +134,12 @@ def _encode(spec: JobSpec, base: Checkpoint, context: int | None) -> Splits:
     return divide(examples or [], validation, test, spec.seed)
 
 
-def _layout(base: Checkpoint, splits: Splits) -> Layout:
+def layout_for(base: Checkpoint, encoded: Sequence[Encoded]) -> Layout:
+    """How the model takes these examples: packed if it honours a tree mask on them, within the budgets."""
     head: torch.nn.Module = base.model.get_output_embeddings()  # type: ignore[operator]
     weight = head.get_parameter("weight")  # (vocabulary, hidden)
     return Layout(
-        packed=honours_tree_mask(base.model, [*splits.pool, *splits.test]),
+        packed=honours_tree_mask(base.model, encoded),
         tokens=TOKEN_BUDGET_CUDA if weight.is_cuda else TOKEN_BUDGET,
         answers=max(1, LOGIT_BUDGET // weight.shape[0]),
     )

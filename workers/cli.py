@@ -75,3 +75,20 @@ def adapt(
         "max_drift": max_drift,
     }
     run(file, fields, out, settings, rows=(gradient, selection, test), as_json=as_json)
+
+
+def bench(
+    data: Annotated[Path, typer.Option(help="Folder of task files, TASK.jsonl with one example a line.")],
+    model: Annotated[str, typer.Option(help="ID of an installed model; `c2i models` lists them.")],
+    out: Annotated[Path, typer.Option(help="Folder for bench.json, tables and plots; a run there goes on.")],
+    tasks: Annotated[str | None, typer.Option(help="Names of task files; all, if not given.")] = None,
+    methods: Annotated[
+        str, typer.Option(help="base, majority, fewshot, laser, c2i, lora, components:1 to components:8.")
+    ] = "base,majority,fewshot,lora,components:1,components:8",
+    seeds: Annotated[int, typer.Option(help="How many shuffles of each task's rows.")] = 3,
+    rows: Annotated[str, typer.Option(help="Rows of the gradient, selection and test split.")] = "100,100,300",
+) -> None:
+    """Hold the method against its peers, on the same rows. Models and cache are those of C2I_DATA."""
+    from workers.benchmark.command import run_bench  # noqa: PLC0415 - imports torch
+
+    run_bench(data, model, out, tasks, methods, seeds, rows, Settings.load())

@@ -238,9 +238,15 @@ def differences(base: Outcome, adapted: Outcome, seed: int) -> list[Difference]:
 
 def _of_hits(metric: Any, base: Array, adapted: Array, seed: int) -> Difference:
     gained, lost = int(((adapted == 1) & (base == 0)).sum()), int(((adapted == 0) & (base == 1)).sum())
-    p = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0  # McNemar, exact
     low, high = _interval(adapted - base, seed)
+    p = mcnemar_p(gained, lost)
     return Difference(metric=metric, value=float((adapted - base).mean()), low=low, high=high, p=p)
+
+
+def mcnemar_p(gained: int, lost: int) -> float:
+    """Two-sided p of McNemar's exact test: `gained` examples are right with one of two models only, `lost` with the
+    other only."""
+    return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def _interval(values: Array, seed: int) -> tuple[float, float]:

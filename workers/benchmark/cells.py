@@ -1,0 +1,162 @@
+"""A cell: one task with one seed, made ready once for all methods."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from service import jsonl
+from service.errors import InvalidInput
+from service.jobs import Objective, PromptFormat
+from service.models import Model
+from workers.adaptation import layout_for
+from workers.benchmark.tasks import Split
+from workers.checkpoints import Checkpoint, load
+from workers.evaluation import Outcome, evaluate, losses, score
+from workers.examples import Batch, Encoded, Layout, batches, encode
+from workers.search import Subject
+from workers.spectrum import Spectrum, SpectrumCache
+from workers.targets import Target, find_targets
+
+OBJECTIVE = Objective.BOTH
+"""Of every method, LoRA's training too: the default of a job."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """The base model with its targets and their components, loaded once for all cells."""
+
+    model: Model
+    base: Checkpoint
+    targets: Sequence[Target]
+    spectra: Mapping[str, Spectrum]
+
+    @classmethod
+    def load(cls, model: Model, cache: Path) -> Bench:
+        """
+        Args:
+            model: an installed model that `service.models.resolve` has checked.
+            cache: the data folder's cache, which holds the decompositions.
+        """
+        base = load(model.folder)
+        targets, _ = find_targets(base.model)
+        spectra = SpectrumCache(cache / "spectra")
+        return cls(model, base, targets, {target.name: spectra.get(target.weight) for target in targets})
+
+
+@dataclass(frozen=True, eq=False)
+class Encodings:
+    """A task's three splits in tokens."""
+
+    gradient: list[Encoded]
+    selection: list[Encoded]
+    test: list[Encoded]
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """What every method starts from."""
+
+    task: str
+    seed: int
+    bench: Bench
+    rows: Encodings
+    subject: Subject
+    fb_seconds: float
+    base: Outcome
+    """The base model on the test split."""
+    base_seconds: float
+    """Of that evaluation."""
+
+    @property
+    def layout(self) -> Layout:
+        """How the base model takes this cell's rows."""
+        return self.subject.layout
+
+    def test(self) -> tuple[Outcome, float]:
+        """The model as it stands on the test split, and the seconds that took."""
+        started = time.perf_counter()
+        outcome = evaluate(self.bench.base.model, self.rows.test, OBJECTIVE, self.layout)
+        return outcome, time.perf_counter() - started
+
+
+def encode_split(bench: Bench, split: Split) -> Encodings:
+    """Tokenise a cell's rows.
+
+    Raises:
+        InvalidInput: the file and line of an example that is too long, or that the tokenizer leaves nothing of.
+    """
+    try:
+        gradient, selection, test = (
+            encode(
+                examples,
+                bench.base.tokenizer,
+                prompt_format=PromptFormat.TEXT,
+                context=bench.model.context_length,
+                name=name,
+            )
+            for name, examples in (("examples", split.gradient), ("validation", split.selection), ("test", split.test))
+        )
+    except InvalidInput as error:
+        raise jsonl.locate(error, split.files) from None
+    return Encodings(gradient, selection, test)
+
+
+def prepare(bench: Bench, task: str, seed: int, rows: Encodings, fb_seconds: float | None = None) -> Cell:
+    """Lay the rows out, measure one FB and the base model.
+
+    Args:
+        fb_seconds: of this cell, where it was measured before.
+    """
+    layout = layout_for(bench.base, [*rows.gradient, *rows.selection, *rows.test])
+    subject = Subject(bench.base.model, bench.targets, bench.spectra, OBJECTIVE, layout)
+    if fb_seconds is None:
+        fb_seconds = measure_fb(bench.base.model, rows.gradient, layout)
+    started = time.perf_counter()
+    base = evaluate(bench.base.model, rows.test, OBJECTIVE, layout)
+    return Cell(task, seed, bench, rows, subject, fb_seconds, base, time.perf_counter() - started)
+
+
+def measure_fb(model: nn.Module, rows: Sequence[Encoded], layout: Layout) -> float:
+    """Seconds of one forward and backward over the rows, with no hook on any target: gradients of the activations
+    alone, as one pass of the method takes them. The first batch is run once before, unmeasured."""
+    laid_out = list(batches(rows, layout))
+    with frozen(model):
+        embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+        # The first block's input wants a gradient, so that one flows through all blocks.
+        handle = embeddings.register_forward_hook(lambda *call: call[2].requires_grad_(True))
+        try:
+            _forward_backward(model, laid_out[:1])
+            started = time.perf_counter()
+            _forward_backward(model, laid_out)
+            return time.perf_counter() - started
+        finally:
+            handle.remove()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter of the model requires a gradient, for the length of the context."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+def _forward_backward(model: nn.Module, laid_out: Sequence[Batch]) -> None:
+    device = next(model.parameters()).device
+    for batch in laid_out:
+        on_device = batch.to(device)
+        with torch.enable_grad():
+            loss = losses(score(model, on_device), on_device, OBJECTIVE)
+            loss.sum().backward()  # type: ignore[no-untyped-call]

@@ -1,0 +1,150 @@
+"""LoRA (arXiv 2106.09685) by PEFT, trained on the gradient split: the peer that trains.
+
+As METHOD 7 has it: rank 8 on the query and value projections, up to 6 epochs, the best epoch by the loss of the
+selection split; the untrained base is among those compared. The loss is that of every other method here.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+
+from service.errors import UnusableModel
+from workers.benchmark.cells import OBJECTIVE, Cell, frozen
+from workers.evaluation import Outcome, evaluate, losses, score
+from workers.examples import batches
+from workers.progress import folder_bytes
+
+RANK = 8
+ALPHA = 16
+EPOCHS = 6
+BATCH = 10
+LEARNING_RATE = 2e-3
+LARGEST_NORM = 1.0
+"""Gradients longer than this are cut to it."""
+# Names of the query and value projections, fused ones too, for architectures that PEFT's mapping does not know.
+PROJECTIONS = (("q_proj", "v_proj"), ("query", "value"), ("qkv_proj",), ("query_key_value",), ("c_attn",), ("Wqkv",))
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """The state of least selection loss, on the test split."""
+
+    outcome: Outcome
+    epoch: int
+    """0 is the base."""
+    selection_losses: list[float]
+    """Of the base and after each epoch."""
+    parameters: int
+    """Trained numbers; none, and no bytes, if the base is the best."""
+    bytes: int
+    seconds: float
+    """Of training and selection."""
+    test_seconds: float
+
+
+def train(cell: Cell, learning_rate: float = LEARNING_RATE) -> Trained:
+    """Train, choose the epoch, test, and leave the base model as it was."""
+    started = time.perf_counter()
+    model, selection = cell.bench.base.model, cell.rows.selection
+    with _adapter(model, cell.seed) as adapted:
+        trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        found: list[float] = []
+        states: list[list[Tensor]] = []
+        for _ in _epochs(cell, trained, learning_rate):
+            found.append(float(evaluate(model, selection, OBJECTIVE, cell.layout).loss.mean()))
+            states.append([parameter.detach().clone() for parameter in trained])
+        epoch = min(range(len(found)), key=lambda k: (found[k], k))
+        with torch.no_grad():
+            for parameter, value in zip(trained, states[epoch], strict=True):
+                parameter.copy_(value)
+        seconds = time.perf_counter() - started
+        outcome, test_seconds = cell.test()
+        size = _saved_bytes(adapted) if epoch else 0
+    parameters = sum(parameter.numel() for parameter in trained) if epoch else 0
+    return Trained(outcome, epoch, found, parameters, size, seconds, test_seconds)
+
+
+def _epochs(cell: Cell, trained: list[nn.Parameter], learning_rate: float) -> Iterator[int]:
+    """The untrained adapter, then an epoch at a time. The learning rate falls linearly to zero over all of them."""
+    model, rows = cell.bench.base.model, cell.rows.gradient
+    device = trained[0].device
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
+    steps = EPOCHS * -(-len(rows) // BATCH)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    rng = np.random.default_rng(cell.seed)
+    yield 0
+    for epoch in range(1, EPOCHS + 1):
+        order = rng.permutation(len(rows)).tolist()
+        for start in range(0, len(rows), BATCH):
+            chosen = [rows[i] for i in order[start : start + BATCH]]
+            optimizer.zero_grad()
+            for batch in batches(chosen, cell.layout):  # more than one where the rows are long
+                on_device = batch.to(device)
+                with torch.enable_grad():
+                    loss = losses(score(model, on_device), on_device, OBJECTIVE)
+                    (loss.sum() / len(chosen)).backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(trained, LARGEST_NORM)
+            optimizer.step()
+            schedule.step()
+        yield epoch
+
+
+@contextmanager
+def _adapter(model: nn.Module, seed: int) -> Iterator[Any]:
+    """The model with a new adapter in it. Its own modules, weights and their `requires_grad` come back after."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=target_modules(model)
+    )
+    with frozen(model):
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            # GPT-2's Conv1D: PEFT sets `fan_in_fan_out` itself and says so. And it asks for a property's old name.
+            warnings.simplefilter("ignore")
+            torch.manual_seed(seed)
+            adapted = get_peft_model(model, config).eval()
+        try:
+            yield adapted
+        finally:
+            adapted.unload()
+            # PEFT leaves its mark on the model, and would warn of a second adapter at the next cell.
+            if hasattr(model, "peft_config"):
+                del model.peft_config
+
+
+def target_modules(model: nn.Module) -> list[str] | str:
+    """The query and value projections: as PEFT maps the architecture, else by their usual names.
+
+    Raises:
+        UnusableModel: if the model has no such modules.
+    """
+    config: Any = model.config
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(config.model_type)
+    if known is not None:
+        return known if isinstance(known, str) else list(known)
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    for projections in PROJECTIONS:
+        if names.issuperset(projections):
+            return list(projections)
+    raise UnusableModel("no query and value projections were found to put LoRA on", param="model")
+
+
+def _saved_bytes(adapted: Any) -> int:
+    """Bytes of the adapter's files as PEFT saves them, without its empty model card."""
+    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder = Path(name)
+        adapted.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)
+        return folder_bytes(folder)

@@ -1,0 +1,213 @@
+"""The methods by name: each takes a cell and gives what it reached on the test split, and at what cost."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from service.errors import InvalidInput
+from service.jobs import Example, Stage
+from service.reports import PassReport
+from workers.benchmark import fewshot, lora
+from workers.benchmark.cells import OBJECTIVE, Cell
+from workers.benchmark.records import CandidateRow
+from workers.checkpoints import write_adapter
+from workers.evaluation import Outcome, evaluate
+from workers.progress import folder_bytes
+from workers.pruning import applied
+from workers.ranking import Plan
+from workers.search import Search, Track
+
+SIMPLE = ("base", "majority", "fewshot", "lora")
+GRIDS = ("laser", "c2i")
+COMPONENTS = re.compile(r"components:([1-8])")
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One method on one cell. Fields as in `records.Row`."""
+
+    outcome: Outcome
+    """On the test split; loss NaN where there is none."""
+    test_seconds: float
+    seconds: float = 0.0
+    parameters: int = 0
+    bytes: int = 0
+    drift: float | None = None
+    passes: int | None = None
+    components: int | None = None
+    tried: int | None = None
+    tried_of: int | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """What one unit of work gave: its methods by name, and the candidates that its search tried."""
+
+    by_method: dict[str, Measured]
+    candidates: list[CandidateRow] = field(default_factory=list)
+
+
+def parse_methods(text: str) -> list[str]:
+    """`base,lora,components:8` as a list, the base first: every p is against it.
+
+    Raises:
+        InvalidInput: naming a method that is unknown.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name in GRIDS:
+            raise InvalidInput(f"{name} is not available yet", param="methods")
+        if name not in SIMPLE and not COMPONENTS.fullmatch(name):
+            known = ", ".join((*SIMPLE, *GRIDS))
+            raise InvalidInput(f"no method {name}; there are {known} and components:1 to components:8", param="methods")
+    return list(dict.fromkeys(["base", *names]))
+
+
+def units(methods: Sequence[str]) -> list[list[str]]:
+    """Methods that are measured in one go: all numbers of passes are one search."""
+    searched = sorted((m for m in methods if COMPONENTS.fullmatch(m)), key=passes_of)
+    found = [[m] for m in methods if not COMPONENTS.fullmatch(m)]
+    return [*found, searched] if searched else found
+
+
+def measure(cell: Cell, unit: Sequence[str], gradient: Sequence[Example]) -> Measurement:
+    """Run one unit of methods.
+
+    Args:
+        gradient: the gradient split's examples as text.
+    """
+    name = unit[0]
+    if COMPONENTS.fullmatch(name):
+        return components(cell, [passes_of(method) for method in unit])
+    if name == "base":
+        return Measurement({name: Measured(cell.base, cell.base_seconds)})
+    if name == "majority":
+        return Measurement({name: Measured(majority(cell), 0.0)})
+    if name == "fewshot":
+        return Measurement({name: _fewshot(cell, gradient)})
+    if name == "lora":
+        return Measurement({name: _lora(cell)})
+    return grid_search(cell, name)
+
+
+def passes_of(method: str) -> int:
+    """8 of `components:8`."""
+    return int(method.rpartition(":")[2])
+
+
+def majority(cell: Cell) -> Outcome:
+    """Always the gradient split's most frequent answer; the first among equals."""
+    counts = Counter(row.labels[row.gold] for row in cell.rows.gradient)
+    answer = counts.most_common(1)[0][0]
+    rows = cell.rows.test
+    right = np.array([row.labels[row.gold] == answer for row in rows], dtype=float)
+    # Where the answer is no choice of the row, some wrong one stands for it.
+    predicted = [row.labels.index(answer) if answer in row.labels else (row.gold + 1) % len(row.labels) for row in rows]
+    closed = np.array([row.closed for row in rows], dtype=bool)
+    return Outcome(
+        loss=np.full(len(rows), np.nan),
+        exact=right,
+        predicted=np.array(predicted, dtype=np.int64),
+        correct=np.where(closed, right, np.nan),
+    )
+
+
+def _fewshot(cell: Cell, examples: Sequence[Example]) -> Measured:
+    found = fewshot.prompt_with_examples(cell, examples)
+    note = f"{found.shots} examples, {'context run once' if found.cached else 'context run with every row'}"
+    return Measured(found.outcome, found.seconds, seconds=found.seconds, note=note)
+
+
+def _lora(cell: Cell) -> Measured:
+    found = lora.train(cell)
+    selection = ", ".join(f"{loss:.3f}" for loss in found.selection_losses)
+    return Measured(
+        found.outcome,
+        found.test_seconds,
+        seconds=found.seconds,
+        parameters=found.parameters,
+        bytes=found.bytes,
+        passes=found.epoch,
+        note=f"selection loss of the base and after each epoch: {selection}",
+    )
+
+
+def components(cell: Cell, passes: Sequence[int]) -> Measurement:
+    """One search of as many passes as the most asked for. After K of them it stood where a search of K passes ends,
+    to the bit, so that it answers for fewer too."""
+    pool = [*cell.rows.gradient, *cell.rows.selection]
+    n = len(cell.rows.gradient)
+    track = Track(list(range(n)), list(range(n, len(pool))))
+    search = Search(cell.subject, pool, [track], track)
+    started = time.perf_counter()
+    search.run(max(passes), _silent)
+    seconds = time.perf_counter() - started
+    before_passes = seconds - sum(report.seconds for report in search.passes)
+    tested: dict[int, Measured] = {}
+    by_method: dict[str, Measured] = {}
+    for asked in passes:
+        k = min(asked, len(search.plans) - 1)
+        if k not in tested:
+            tested[k] = _removal(cell, search.plans[k], k)
+        spent = before_passes + sum(report.seconds for report in search.passes[:asked])
+        by_method[f"components:{asked}"] = replace(tested[k], seconds=spent)
+    return Measurement(by_method, [row for report in search.passes for row in _candidates(cell, report)])
+
+
+def _removal(cell: Cell, plan: Plan, passes: int) -> Measured:
+    """A plan on the test split, and the adapter that it is."""
+    subject = cell.subject
+    started = time.perf_counter()
+    with applied(subject.targets, subject.spectra, plan):
+        outcome = evaluate(subject.model, cell.rows.test, OBJECTIVE, cell.layout)
+    test_seconds = time.perf_counter() - started
+    touched = [target for target in subject.targets if plan.components.get(target.name)]
+    with tempfile.TemporaryDirectory() as folder:
+        if touched:
+            write_adapter(Path(folder) / "adapter", cell.bench.model.id, subject.targets, subject.spectra, plan)
+        size = folder_bytes(Path(folder))
+    return Measured(
+        outcome,
+        test_seconds,
+        parameters=sum(len(plan.components[t.name]) * sum(t.weight.shape) for t in touched),
+        bytes=size,
+        passes=passes,
+        components=plan.size,
+    )
+
+
+def _candidates(cell: Cell, report: PassReport) -> list[CandidateRow]:
+    return [
+        CandidateRow(
+            task=cell.task,
+            seed=cell.seed,
+            method="components",
+            number=report.number,
+            size=candidate.size,
+            examples=candidate.examples,
+            base_loss=candidate.base_loss,
+            predicted_loss=candidate.predicted_loss,
+            loss=candidate.loss,
+            chosen=candidate.size == report.chosen,
+        )
+        for candidate in report.candidates
+    ]
+
+
+def grid_search(cell: Cell, strategy: str) -> Measurement:
+    """`laser` and `c2i`: a seeded sample of their grids (`tried` of `tried_of` candidates). WIRE HERE the search of
+    these strategies, and let `parse_methods` pass their names."""
+    raise InvalidInput(f"{strategy} is not available yet", param="methods")
+
+
+def _silent(stage: Stage, number: int, fraction: float, message: str) -> None:
+    pass

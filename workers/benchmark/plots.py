@@ -1,0 +1,110 @@
+"""Two plots: what a method gains for its cost, and how far the loss that is predicted for a plan can be relied on.
+
+Colours are Okabe and Ito's, which colour-blind readers tell apart; markers differ too.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from workers.benchmark.records import CandidateRow, Records, Row
+from workers.benchmark.tables import label, methods_of, metric
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+FREE = {"base": "--", "majority": ":"}
+"""Methods without cost: a line, not a point on a logarithmic axis."""
+
+
+def write_plots(records: Records) -> None:
+    """Write `accuracy_by_cost.png` and, if a search tried anything, `reliability.png`."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - of the extra `bench`; slow to import
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    draw_costs(figure.subplots(), records.rows())
+    _save(figure, records.folder / "accuracy_by_cost.png")
+    candidates = records.candidates()
+    if candidates:
+        figure = Figure(figsize=(7, 6.5), layout="constrained")
+        draw_reliability(figure.subplots(), candidates)
+        _save(figure, records.folder / "reliability.png")
+
+
+def draw_costs(axes: Axes, rows: Sequence[Row]) -> None:
+    """Metric against FB: a small point for each task, its mean over seeds, and a large one for the mean over tasks."""
+    from matplotlib.ticker import LogLocator  # noqa: PLC0415
+
+    styles = zip(COLOURS * 2, MARKERS * 2, strict=True)
+    for method in methods_of(rows):
+        mine = [row for row in rows if row.method == method]
+        tasks = sorted({row.task for row in mine})
+        heights = [float(np.mean([metric(row) for row in mine if row.task == task])) for task in tasks]
+        height = float(np.mean([metric(row) for row in mine]))
+        if method in FREE:
+            axes.axhline(height, color="0.4", linestyle=FREE[method], label=f"{label(method)} (mean, no cost)")
+            continue
+        colour, marker = next(styles)
+        costs = [float(np.mean([row.fb for row in mine if row.task == task])) for task in tasks]
+        axes.scatter(costs, heights, s=22, color=colour, marker=marker, alpha=0.45, linewidths=0)
+        cost = float(np.mean([row.fb for row in mine]))
+        axes.scatter([cost], [height], s=170, color=colour, marker=marker, edgecolors="black", label=label(method))
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel("cost of adapting, in forward-and-backward passes over the gradient split (FB)")
+    axes.set_ylabel("test accuracy; exact match where there are no choices")
+    axes.set_title("small: one task, mean over seeds; large: mean over tasks")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", framealpha=0.9)
+
+
+def draw_reliability(axes: Axes, candidates: Sequence[CandidateRow]) -> None:
+    """Predicted against actual fall in mean loss of every plan tried, in units of the loss before the pass."""
+    for later, name, colour, marker in (
+        (False, "first pass", COLOURS[0], "o"),
+        (True, "later passes", COLOURS[1], "s"),
+    ):
+        mine = [c for c in candidates if (c.number > 1) == later]
+        if not mine:
+            continue
+        predicted = [(c.base_loss - c.predicted_loss) / c.base_loss for c in mine]
+        actual = [(c.base_loss - c.loss) / c.base_loss for c in mine]
+        axes.scatter(predicted, actual, s=16, color=colour, marker=marker, alpha=0.5, linewidths=0, label=name)
+    chosen = [c for c in candidates if c.chosen]
+    axes.scatter(
+        [(c.base_loss - c.predicted_loss) / c.base_loss for c in chosen],
+        [(c.base_loss - c.loss) / c.base_loss for c in chosen],
+        s=50,
+        facecolors="none",
+        edgecolors="black",
+        label="accepted",
+    )
+    low, high = -1.0, max(1.0, *((c.base_loss - c.predicted_loss) / c.base_loss for c in candidates))
+    axes.plot([low, high], [low, high], color="0.4", linestyle="--", label="as predicted")
+    axes.axhline(0, color="0.7", linewidth=0.8)
+    axes.set_ylim(low, 1.05)
+    axes.set_xlim(-0.1, high * 1.05)
+    axes.set_xlabel("predicted fall in loss, over the loss before the pass")
+    axes.set_ylabel("actual fall, likewise (below -1 not shown)")
+    axes.set_title(f"{len(candidates):,} plans tried on the selection split")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", framealpha=0.9)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """A reader sees the old picture or the new one."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+        written = Path(folder) / path.name
+        figure.savefig(written, dpi=150)
+        written.replace(path)

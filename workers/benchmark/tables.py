@@ -1,0 +1,262 @@
+"""`results.md`: one table over all tasks, then one a task, made from `bench.json` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from workers.benchmark.records import Records, Row, Run, write_whole
+from workers.evaluation import mcnemar_p
+
+SIGNIFICANT = 0.05
+LABELS = {
+    "base": "base",
+    "majority": "majority class",
+    "fewshot": "few-shot prompting",
+    "laser": "LASER",
+    "c2i": "C2I",
+    "lora": "LoRA",
+}
+
+NOTES = """\
+Figures are of the test split, which no method has seen: means over tasks and seeds. A cell is one task with one seed.
+*Metric* is accuracy over the choices; exact match where a task has none, marked with °. ± is the standard deviation
+over seeds, in the first table of the mean over tasks. *Gain* is over the base on the same cells, *of LoRA's* that gain
+as a share of LoRA's on the cells that have both. *Better/worse*: tasks on which the method differs from the base
+significantly, in the metric and in exact match (p < .05, McNemar's exact test, two-sided, the rows of all seeds pooled;
+the test splits of two seeds may share rows). Intervals: 95 %, Wilson, the rows of all seeds pooled. *Parameters* and
+*bytes* are those of the adapter. *Seconds* and *FB* are the cost of adapting, the test left out. Few-shot prompting
+adapts nothing and pays with every answer: its cost is that of the test split behind the context, to be held against
+the base's *test s*, the seconds of the test split. One FB is one forward and backward over the gradient split, measured
+for each cell in the same run.
+"""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A method over all cells that it has rows for."""
+
+    method: str
+    cells: int
+    metric: float
+    spread: float | None
+    """Over seeds, of the mean over tasks; None for one seed."""
+    gain: float
+    share_of_lora: float | None
+    better: int
+    worse: int
+    exact_match: float
+    exact_better: int
+    exact_worse: int
+    balanced_accuracy: float | None
+    loss: float | None
+    drift: float | None
+    parameters: float
+    bytes: float
+    seconds: float
+    fb: float
+    test_seconds: float
+
+
+def metric(row: Row) -> float:
+    """Accuracy, of an open task exact match."""
+    return row.exact_match if row.accuracy is None else row.accuracy
+
+
+def label(method: str) -> str:
+    """A method's name in tables and plots."""
+    name, _, passes = method.partition(":")
+    return LABELS.get(method, f"{name}, {passes} pass" + ("" if passes == "1" else "es"))
+
+
+def methods_of(rows: Sequence[Row]) -> list[str]:
+    """The methods that have rows, in the tables' order."""
+    order = list(LABELS)
+    return sorted({row.method for row in rows}, key=lambda m: (order.index(m) if m in order else len(order), m))
+
+
+def summarise(rows: Sequence[Row]) -> list[Summary]:
+    """Every method over all its cells, in the tables' order."""
+    return [_summary(method, rows) for method in methods_of(rows)]
+
+
+def _summary(method: str, rows: Sequence[Row]) -> Summary:
+    mine = [row for row in rows if row.method == method]
+    gains, lora = _gains(method, rows), _gains("lora", rows)
+    both = sorted(gains.keys() & lora.keys())
+    of_lora = sum(lora[cell] for cell in both)
+    tasks = sorted({row.task for row in mine})
+    changes = [_pooled([row for row in mine if row.task == task]) for task in tasks]
+    return Summary(
+        method=method,
+        cells=len(mine),
+        metric=_mean([metric(row) for row in mine]),
+        spread=_spread(mine, metric),
+        gain=_mean(list(gains.values())) if gains else float("nan"),
+        share_of_lora=sum(gains[cell] for cell in both) / of_lora if both and of_lora > 0 else None,
+        better=sum(change > 0 for change, _ in changes),
+        worse=sum(change < 0 for change, _ in changes),
+        exact_match=_mean([row.exact_match for row in mine]),
+        exact_better=sum(change > 0 for _, change in changes),
+        exact_worse=sum(change < 0 for _, change in changes),
+        balanced_accuracy=_mean_known([row.balanced_accuracy for row in mine]),
+        loss=_mean_known([row.loss for row in mine]),
+        drift=_mean_known([row.drift for row in mine]),
+        parameters=_mean([row.parameters_touched for row in mine]),
+        bytes=_mean([row.bytes for row in mine]),
+        seconds=_mean([row.seconds for row in mine]),
+        fb=_mean([row.fb for row in mine]),
+        test_seconds=_mean([row.test_seconds for row in mine]),
+    )
+
+
+def _gains(method: str, rows: Sequence[Row]) -> dict[tuple[str, int], float]:
+    """Of each cell that has the method and the base."""
+    base = {(row.task, row.seed): metric(row) for row in rows if row.method == "base"}
+    mine = {(row.task, row.seed): metric(row) for row in rows if row.method == method}
+    return {cell: mine[cell] - base[cell] for cell in mine.keys() & base.keys()}
+
+
+def _pooled(rows: Sequence[Row]) -> tuple[int, int]:
+    """Over the seeds of one task: 1 for significantly better than the base, -1 for worse, 0 for neither; in the
+    metric and in exact match."""
+    return (
+        _direction(sum(row.gained for row in rows), sum(row.lost for row in rows)),
+        _direction(sum(row.exact_gained for row in rows), sum(row.exact_lost for row in rows)),
+    )
+
+
+def _direction(gained: int, lost: int) -> int:
+    return int(np.sign(gained - lost)) if mcnemar_p(gained, lost) < SIGNIFICANT else 0
+
+
+def _spread(rows: Sequence[Row], of: Callable[[Row], float]) -> float | None:
+    """Standard deviation over seeds of the mean over tasks."""
+    by_seed = [_mean([of(row) for row in rows if row.seed == seed]) for seed in sorted({row.seed for row in rows})]
+    return float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
+
+
+def _mean_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return _mean(known) if known else None
+
+
+# --- Markdown ---------------------------------------------------------------------------------------------------
+
+
+def write_tables(records: Records, run: Run) -> None:
+    """Write `results.md`."""
+    write_whole(records.folder / "results.md", render(records.rows(), run))
+
+
+def render(rows: Sequence[Row], run: Run) -> str:
+    """The tables as Markdown."""
+    tasks, seeds = sorted({row.task for row in rows}), sorted({row.seed for row in rows})
+    gradient, selection, test = run.rows
+    head = [
+        f"# {run.model}: tasks {len(tasks)}, seeds {len(seeds)}",
+        f"{run.started[:10]}; {gradient} gradient, {selection} selection and {test} test rows; objective "
+        f"`{run.objective}`; model revision {run.revision[:12]}; {run.machine['processor']}, {run.machine['threads']} "
+        f"threads, GPU: {run.machine['gpu']}; " + ", ".join(f"{name} {v}" for name, v in run.versions.items()) + ".",
+    ]
+    parts = [*head, "## All tasks", _overall(rows), NOTES + _sampled(rows)]
+    for task in tasks:
+        parts += [f"## {task}", _of_task([row for row in rows if row.task == task])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _overall(rows: Sequence[Row]) -> str:
+    header = (
+        "method | cells | metric | gain | of LoRA's | better/worse | exact match | better/worse | balanced acc. | loss"
+        " | drift | parameters | bytes | seconds | FB | test s"
+    )
+    return _table(header, [_overall_cells(summary) for summary in summarise(rows)])
+
+
+def _overall_cells(s: Summary) -> list[str]:
+    return [
+        label(s.method),
+        str(s.cells),
+        _spread_out(s.metric, s.spread),
+        f"{s.gain:+.3f}",
+        "" if s.share_of_lora is None else f"{s.share_of_lora:.0%}",
+        f"{s.better}/{s.worse}",
+        f"{s.exact_match:.3f}",
+        f"{s.exact_better}/{s.exact_worse}",
+        _number(s.balanced_accuracy),
+        _number(s.loss),
+        _number(s.drift),
+        f"{s.parameters:,.0f}",
+        f"{s.bytes:,.0f}",
+        f"{s.seconds:,.1f}",
+        f"{s.fb:.1f}",
+        f"{s.test_seconds:.1f}",
+    ]
+
+
+def _of_task(rows: Sequence[Row]) -> str:
+    header = (
+        "method | seeds | metric | 95 % | p | balanced acc. | exact match | loss | drift | parameters | bytes"
+        " | seconds | FB | test s"
+    )
+    return _table(header, [_task_cells([r for r in rows if r.method == method]) for method in methods_of(rows)])
+
+
+def _task_cells(rows: Sequence[Row]) -> list[str]:
+    n = sum(row.n for row in rows)
+    hits = sum(round(metric(row) * row.n) for row in rows)
+    interval = stats.binomtest(hits, n).proportion_ci(method="wilson")
+    mark = "°" if rows[0].accuracy is None else ""
+    return [
+        label(rows[0].method),
+        str(len(rows)),
+        _spread_out(_mean([metric(row) for row in rows]), _spread(rows, metric), mark),
+        f"{interval.low:.3f} to {interval.high:.3f}",
+        f"{mcnemar_p(sum(row.gained for row in rows), sum(row.lost for row in rows)):.2g}",
+        _number(_mean_known([row.balanced_accuracy for row in rows])),
+        _spread_out(_mean([row.exact_match for row in rows]), _spread(rows, lambda row: row.exact_match)),
+        _number(_mean_known([row.loss for row in rows])),
+        _number(_mean_known([row.drift for row in rows])),
+        f"{_mean([row.parameters_touched for row in rows]):,.0f}",
+        f"{_mean([row.bytes for row in rows]):,.0f}",
+        f"{_mean([row.seconds for row in rows]):,.1f}",
+        f"{_mean([row.fb for row in rows]):.1f}",
+        f"{_mean([row.test_seconds for row in rows]):.1f}",
+    ]
+
+
+def _sampled(rows: Sequence[Row]) -> str:
+    """For each method that tried a sample of its candidates: how many of how many, and what all would have taken."""
+    lines = []
+    for method in methods_of(rows):
+        mine = [row for row in rows if row.method == method and row.tried and row.tried_of and row.tried < row.tried_of]
+        if mine:
+            factors = [(row.tried_of or 0) / (row.tried or 1) for row in mine]
+            hours = _mean([row.seconds * factor for row, factor in zip(mine, factors, strict=True)]) / 3600
+            fb = _mean([row.fb * factor for row, factor in zip(mine, factors, strict=True)])
+            lines.append(
+                f"\n{label(method)} tried a seeded sample of {mine[0].tried:,} of its {mine[0].tried_of:,} candidates "
+                f"a cell; all of them are extrapolated, not measured, to {hours:.1f} hours and {fb:,.0f} FB a cell.\n"
+            )
+    return "".join(lines)
+
+
+def _table(header: str, body: Sequence[Sequence[str]]) -> str:
+    columns = header.split(" | ")
+    rule = ["---"] + ["---:"] * (len(columns) - 1)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, rule, *body])
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _spread_out(value: float, spread: float | None, mark: str = "") -> str:
+    return f"{value:.3f}{mark}" if spread is None else f"{value:.3f}{mark} ± {spread:.3f}"
