@@ -144,7 +144,12 @@ def in_blocks(folder: Path, name: str, clustered: bool) -> tuple[list[Target], d
     return [*targets, *blocks], known, plan
 
 
-BLOCKS = [("llama", "1.mlp.up_proj"), ("gpt2", "1.mlp.c_fc"), ("gpt2", "0.attn.c_proj"), ("qwen2", "1.self_attn.q_proj")]
+BLOCKS = [
+    ("llama", "1.mlp.up_proj"),
+    ("gpt2", "1.mlp.c_fc"),
+    ("gpt2", "0.attn.c_proj"),
+    ("qwen2", "1.self_attn.q_proj"),
+]
 
 
 @pytest.mark.parametrize("clustered", [False, True], ids=["contiguous", "clustered"])
@@ -174,9 +179,7 @@ def test_row_blocks_are_pruned_each_by_its_own_svd_and_all_is_undone_to_the_bit(
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_the_factors_of_a_module_have_no_more_ranks_than_its_weight(
-    architecture: str, tiny_models: TinyModels
-) -> None:
+def test_the_factors_of_a_module_have_no_more_ranks_than_its_weight(architecture: str, tiny_models: TinyModels) -> None:
     for target in targets_of(tiny_models(architecture))[0]:
         blocks = target.split(2)
         spectra = {block.name: decompose(block.weight) for block in blocks}

@@ -36,7 +36,9 @@ def taken(*trials: Trial) -> str | None:
 
 
 def test_the_most_accurate_is_taken_whatever_its_loss() -> None:
-    assert taken(trial("calm", outcome([1, 1, 0, 0], [0] * 4)), trial("right", outcome([1, 1, 1, 0], [3] * 4))) == "right"
+    assert (
+        taken(trial("calm", outcome([1, 1, 0, 0], [0] * 4)), trial("right", outcome([1, 1, 1, 0], [3] * 4))) == "right"
+    )
 
 
 def test_of_equally_accurate_ones_that_of_least_loss_then_the_first() -> None:
