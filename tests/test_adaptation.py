@@ -78,7 +78,7 @@ def check(run: Run) -> Report:
     assert report.cost.model_bytes == sum(p.stat().st_size for p in (run.out / "model").iterdir())
     assert max(report.verification.adapter, report.verification.model) < 1e-3
     assert report.removed.components == sum(len(entry.components) for entry in report.plan)
-    assert report.removed.modules == len(report.plan)
+    assert report.removed.modules == len({entry.module for entry in report.plan})
     assert bool(report.plan) == report.improved
     assert report.adapted.n == report.base.n == report.splits.test
     assert len(report.passes) <= report.passes_requested
@@ -356,6 +356,42 @@ def test_every_architecture(architecture: str, tiny_models: TinyModels, tmp_path
     skipped = {skip.module.rpartition(".")[2] for skip in report.skipped_modules}
     assert skipped == ({"gate", "experts"} if architecture in MIXTURES else set())
     assert report.model.components > 100
+
+
+STRATEGIES: list[tuple[str, dict[str, Any]]] = [
+    ("components", {"row_blocks": 4}),
+    ("laser", {"sample": 12}),
+    ("laser", {"retentions": [0.2, 0.6], "order": "first_first", "compose": 2}),
+    ("c2i", {"matrices": 1, "retentions": [0.5, 0.1], "row_blocks": [1, 4]}),
+    ("c2i", {"matrices": 2, "retentions": [0.3], "row_blocks": [2], "clusters": "kmeans", "same_samples": True}),
+]
+
+
+@pytest.mark.parametrize(("strategy", "options"), STRATEGIES, ids=str)
+@pytest.mark.parametrize(("architecture", "count"), [("llama", 60), ("gpt2", 60), ("qwen2", 60), ("gpt2", 16)])
+def test_every_strategy(
+    architecture: str,
+    strategy: str,
+    options: dict[str, Any],
+    count: int,
+    tiny_models: TinyModels,
+    tmp_path: Path,
+    cache: Path,
+) -> None:
+    examples = open_answers(count)
+    run = Run(
+        tiny_models(architecture), tmp_path, cache, examples=examples, strategy=strategy, strategy_options=options
+    )
+    report = check(run)
+    assert report.strategy == strategy
+    assert report.strategy_options == run.spec.options
+    assert report.strategy_options is not None
+    assert report.strategy_options.model_dump(mode="json").items() >= options.items()
+    assert report.splits.folds == (4 if count == 16 else None)
+    assert report.splits.selection == (24 if options.get("same_samples") and count == 60 else {16: 16, 60: 18}[count])
+    assert report.passes[0].candidates
+    assert all(candidate.description for candidate in report.passes[0].candidates)
+    assert report.model.target_modules == len(plain.targets_of(tiny_models(architecture))[0])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])

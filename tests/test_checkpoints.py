@@ -27,6 +27,7 @@ from workers.pruning import applied
 from workers.ranking import Plan
 from workers.spectrum import Spectrum, decompose
 from workers.targets import Target, find_targets
+from workers.truncation import tail
 
 # peft 0.21 asks transformers 5 for a property under its old name.
 pytestmark = [
@@ -41,9 +42,14 @@ PROMPT = torch.tensor([[11, 42, 97, 5, 203, 18, 64]])
 class Written:
     """A base model, a plan, and both artifacts of it on disk."""
 
-    def __init__(self, base: Path, out: Path, plan: Callable[[Sequence[Target]], Plan]) -> None:
+    def __init__(
+        self, base: Path, out: Path, plan: Callable[[Sequence[Target]], Plan], *, row_blocks: bool = False
+    ) -> None:
         self.base = load(base)
         self.targets, _ = find_targets(self.base.model)
+        if row_blocks:  # some modules whole, some in neighbouring rows, some in clusters
+            cut = (lambda t: [t], lambda t: t.split(4), lambda t: t.cluster(3, seed=0))
+            self.targets = [block for k, t in enumerate(self.targets) for block in cut[k % 3](t)]
         self.spectra: dict[str, Spectrum] = {t.name: decompose(t.weight) for t in self.targets}
         self.plan = plan(self.targets)
         self.out = out
@@ -81,6 +87,16 @@ def some(targets: Sequence[Target]) -> Plan:
     return Plan({t.name: tuple(range(0, 1 + k % 3 * 2, 2)) for k, t in enumerate(targets) if k % 2 == 0})
 
 
+def largest(targets: Sequence[Target]) -> Plan:
+    """One component of two in three targets."""
+    return Plan({t.name: (0,) for k, t in enumerate(targets) if k % 3})
+
+
+def truncations(targets: Sequence[Target]) -> Plan:
+    """A quarter of the rank is left of two in three targets: of a module in blocks more goes than it has ranks."""
+    return Plan({t.name: tail(min(t.shape), 0.25) for k, t in enumerate(targets) if k % 3})
+
+
 def nothing(targets: Sequence[Target]) -> Plan:
     return Plan()
 
@@ -107,6 +123,29 @@ def test_adapter_merged_model_and_memory_are_one_model(
     merged = with_adapter(base, tmp_path / "adapter").merge_and_unload()
     assert (logits(merged) - expected).abs().max() < 1e-3
     assert max(reload_check(tmp_path, written.base, *written.batch())) < 1e-3
+
+
+@pytest.mark.parametrize("plan", [largest, truncations])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2", "phi3"])
+def test_row_blocks_are_one_lora_a_module_and_one_tensor_of_the_merged_model(
+    architecture: str, plan: Callable[[Sequence[Target]], Plan], tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    base = tiny_models(architecture)
+    written = Written(base, tmp_path, plan, row_blocks=True)
+    touched = [t for t in written.targets if t.name in written.plan.components]
+    assert len(touched) > len({t.module_name for t in touched})
+    expected = written.in_memory()
+    assert (expected - logits(stock(base))).abs().max() > 0.1
+    assert max(reload_check(tmp_path, written.base, *written.batch())) < 1e-3
+    assert (logits(with_adapter(base, tmp_path / "adapter")) - expected).abs().max() < 1e-3
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(factors) == 2 * len({t.module_name for t in touched})
+    for name, factor in factors.items():
+        whole = next(t.whole_weight for t in touched if f".{t.module_name}." in name)
+        assert min(factor.shape) <= min(whole.shape)
+    before, after = tensors(base), tensors(tmp_path / "model")
+    changed = {name for name in before if not torch.equal(before[name][1], after[name][1])}
+    assert len(changed) == len({t.module_name for t in touched})
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES + MIXTURES)

@@ -15,7 +15,19 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
-FIELDS = [*spec(), "validation", "test", "passes", "strategy", "objective", "seed", "prompt_format", "metadata", "x"]
+FIELDS = [
+    *spec(),
+    "validation",
+    "test",
+    "passes",
+    "strategy",
+    "strategy_options",
+    "objective",
+    "seed",
+    "prompt_format",
+    "metadata",
+    "x",
+]
 
 quietly = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -189,6 +189,7 @@ def test_a_folder_that_exists_is_left_alone(settings: Settings, lines: list[str]
         ({"model": "tiny/absent"}, ModelNotFound, "model"),
         ({"passes": 9}, InvalidInput, "passes"),
         ({"strategy": "magic"}, InvalidInput, "strategy"),
+        ({"strategy": "laser", "strategy_options": {"x": 1}}, InvalidInput, "strategy_options.x"),
         ({"objective": "fun"}, InvalidInput, "objective"),
         ({"seed": -1}, InvalidInput, "seed"),
     ],

@@ -9,8 +9,8 @@ What the abstract leaves open, no more text of it being at hand here, and what i
 
 - how the gradients of one matrix become its score: the sum, over all of its singular values, of the gradients that
   speak for shrinking them, the others counting as none. No number of small singular values has to be chosen;
-- their sign: by Taylor's theorem shrinking s lowers the loss where dL/ds is positive. Secondary sources say negative:
-  `sign="paper"`, kept to be compared;
+- their sign: by Taylor's theorem shrinking s lowers the loss where dL/ds is positive. `sign="paper"` takes the
+  negative ones, as secondary sources have it (METHOD 3), to compare;
 - how many matrices (5), which retentions (LASER's with .4 added) and numbers of blocks (1, 2, 4, 8, 16);
 - how rows are clustered: neighbouring rows, or k-means on the rows as they are. Every block is kept to the same
   retention of its own rank;
@@ -84,6 +84,7 @@ class C2I:
         return Promising(names, {name: means[name] for name in names})
 
     def propose(self, ranked: Sequence[Promising], plans: Sequence[Plan], loss: float) -> Proposals:
+        # A candidate is the m-th matrix of each track's own ranking.
         def truncated(m: int, K: int, retention: float, track: int) -> Plan:
             blocks = self._in_blocks(ranked[track].names[m], K)
             return Plan(tails({block.name: min(block.shape) for block in blocks}, retention))

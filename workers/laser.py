@@ -1,20 +1,20 @@
 """LASER (Sharma, Ash, Misra, "The Truth is in There", arXiv 2312.13558): matrices kept to a fraction of their rank.
 
 An intervention is a matrix type, a layer and a retention rho: the matrix is replaced by its approximation of rank
-`floor(rho * rank)`. All are tried, and the one of highest accuracy on a validation set is taken. From the paper:
+`floor(rho * rank)`. All are tried, and the one that helps most on a validation set is taken; here, the one of highest
+accuracy, and of equally accurate ones that of least loss. From the paper:
 
 - rho is one of .9, .8, .6, .2, .1, .05, .01 (its table 5), which is the default here;
-- its searches are over the two MLP matrices of all layers (table 5), to save time; "every matrix of every layer" is
-  the approach (its section 4) and what is searched here;
-- reductions are composed "by greedily searching over (type, layer, rho) starting from the largest layer and
-  smallest rho" (its section 5.1), on the validation set. Its authors write (issue 19 of their repository) that
-  reductions found one by one cannot simply be put together, since whether one helps depends on the others.
+- the approach is for every matrix of every layer (its section 4), as is done here; its experiments search the two MLP
+  matrices of all layers alone, to save time (its section 5.1 and table 5);
+- reductions are composed by a greedy search over type, layer and rho from the largest layer and the smallest rho, on
+  the validation set (its section 5.1). Its authors write (issue 19 of their repository) that reductions found one by
+  one cannot simply be put together, since whether one helps depends on the others.
 
 So with `compose` the grid is walked once, matrix by matrix: each is tried with those before it reduced, its best
-retention kept if that helps. The paper leaves open in which order the matrices of one layer are tried (here: the
-model's), and how ties of accuracy fall (here: to the lower loss, then to the first tried). Its code approximates with
-a randomised SVD (`torch.svd_lowrank`); this is exact. Another pass is a search of the whole grid with the reductions
-of the passes before it: greedy too, by the best of all matrices at a time.
+retention kept if that helps. The paper leaves open in which order the matrices of one layer are tried; here, in the
+model's. Its code approximates by a randomised SVD (`torch.svd_lowrank`); this is exact. Another pass is a search of
+the whole grid with the reductions of the passes before it: greedy too, by the best of all matrices at a time.
 """
 
 from __future__ import annotations

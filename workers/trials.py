@@ -124,7 +124,7 @@ def choose_by_accuracy(
     (before, loss_before), (after, loss_after) = (_standing(o, everything) for o in (current, kept.outcome))
     reason = (
         f"{kept.proposal.description}, best on the selection split: {before} to {after} of {len(everything)} right, "
-        f"loss {-loss_before:.3f} to {-loss_after:.3f} on the selection split"
+        f"loss {-loss_before:.3f} to {-loss_after:.3f}"
     )
     return Choice(picks, outcome, paired_p(outcome.loss - current.loss, two_sided=False), reason)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
+import numpy as np
 from scipy.cluster.vq import kmeans2
 from torch import Tensor, from_numpy
 
@@ -45,14 +45,12 @@ def clustered_blocks(W: Tensor, blocks: int, seed: int) -> list[RowBlock]:
         W: (out, in).
         blocks: clusters asked for; there are no more than different rows, and empty ones are left out.
     """
-    rows = W.detach().double().cpu()
-    blocks = min(
-        blocks, len(torch.unique(rows, dim=0))
-    )  # k-means++ divides by zero where there are fewer different rows
+    rows = W.detach().double().cpu().numpy()
+    blocks = min(blocks, len(np.unique(rows, axis=0)))  # k-means++ divides by zero where there are fewer different rows
     with warnings.catch_warnings():
         # A cluster may lose its rows to others on the way.
         warnings.filterwarnings("ignore", "One of the clusters is empty", UserWarning)
-        _, labels = kmeans2(rows.numpy(), blocks, minit="++", rng=seed)
+        _, labels = kmeans2(rows, blocks, minit="++", rng=seed)
     found = [from_numpy((labels == k).nonzero()[0]) for k in range(blocks)]
     return [RowBlock(f"cluster {k + 1}/{blocks}", index) for k, index in enumerate(found) if index.numel()]
 
