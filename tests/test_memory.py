@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,16 @@ from workers.memory import is_out_of_memory
 from workers.targets import decoder_blocks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collection() -> Iterator[None]:
+    """Each failed attempt collects garbage: without a look at all that torch and transformers hold, it is quick."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
 
 TinyModels = Callable[..., Path]
 BOTH = Objective.BOTH
