@@ -64,6 +64,9 @@ class PassReport(Strict):
     papers do, accept what has the higher accuracy, or the same and a lower loss."""
     accepted: bool
     reason: str
+    withdrawn: bool = False
+    """Accepted, and not returned: on the selection split fewer answers were right than the base's, by this pass or by
+    those after it too."""
     still_falling: bool
     seconds: float
 

@@ -269,7 +269,7 @@ def test_cross_fitted_every_track_has_its_own_and_the_result_the_best_of_all(
     assert report.chosen == search.result.plan.size
     for track in search.tracks:
         assert len({name.partition("[")[0] for name in track.plan.components}) <= 1
-        found = search._evaluate(track.plan, track.judge)
+        found = search._evaluate(track, track.plan, track.judge)
         np.testing.assert_allclose(search.outcomes[-1].loss[track.judge], found.loss, atol=2e-5)
     assert all(candidate.examples == 16 for candidate in report.candidates)
 

@@ -25,7 +25,7 @@ from workers.examples import LOGIT_BUDGET, TOKEN_BUDGET, TOKEN_BUDGET_CUDA, Enco
 from workers.progress import OnProgress, Progress
 from workers.pruning import applied
 from workers.ranking import Plan
-from workers.reporting import Findings, make_report
+from workers.reporting import Findings, Tested, make_report
 from workers.rounding import applied_unrounded
 from workers.search import Subject
 from workers.spectrum import Spectrum, SpectrumCache
@@ -82,16 +82,15 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
         raise UnusableModel("no gradient reached any of the model's weights", param="model")
 
     with progress.stage(Stage.VERIFYING, "testing on unseen examples"):
-        # Base, after the first pass, after the last: fewer where fewer passes were accepted.
-        plans = search.plans
-        shown = list(dict.fromkeys([0, min(1, len(plans) - 1), len(plans) - 1]))
-        if splits.test:
-            outcomes = [_test(subject, splits.test, plans[k]) for k in shown]
-        else:
-            outcomes = [search.outcomes[k] for k in shown]
-        verdict = judge(outcomes[0], outcomes[-1], splits.sizes, spec.seed, removed=plans[-1].size)
-        plan = plans[-1] if verdict.improved else Plan()
-        drifts = [neutral.drift(plans[k], subject) for k in shown]
+        last = search.result_after(spec.passes)
+        tested: dict[int, Tested] = {}
+        for k in {0, min(1, len(search.plans) - 1), last}:
+            outcome = _test(subject, splits.test, search.plans[k]) if splits.test else search.outcomes[k]
+            tested[k] = Tested(outcome, neutral.drift(search.plans[k], subject))
+        verdict = judge(
+            tested[0].outcome, tested[last].outcome, splits.sizes, spec.seed, removed=search.plans[last].size
+        )
+        plan = search.plans[last] if verdict.improved else Plan()
         rounding_loss = _rounding_loss(subject, plan, (splits.test or splits.pool)[:ROUNDED_EXAMPLES])
 
     with progress.stage(Stage.PUBLISHING, "writing the adapter and the model"):
@@ -108,8 +107,9 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
             subject,
             splits,
             search,
-            outcomes,
-            drifts,
+            tested[0],
+            tested.get(1),
+            tested[last],
             neutral.tokens,
             verdict,
             plan,

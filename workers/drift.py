@@ -93,32 +93,41 @@ class NeutralText:
         self.tokens = sum(batch.query_row.numel() for batch in self._batches)
         """Positions that the mean is over."""
 
-    @torch.no_grad()
     def drift(self, plan: Plan, subject: Subject | None = None) -> float:
-        """Of the base without the plan's components, in nats a token; infinite if its logits are not all numbers,
-        NaN if the model does not call its LM head as a module. The model must have its base weights, and has them
-        again afterwards.
+        """Of the base without the plan's components, as `measure` gives it. The model must have its base weights,
+        and has them again afterwards.
 
         Args:
             subject: the one that knows the row blocks that the plan touches, where that is another.
         """
         if not plan.size:
             return 0.0
-        head_inputs = self._head_inputs
-        if len(head_inputs) < len(self._batches):
-            return math.nan
+        self.record()
         known = subject or self._subject
-        model = known.model
-        total = 0.0
         with applied(known.targets, known.spectra, plan):
-            for batch, base_inputs in zip(self._batches, head_inputs, strict=True):
-                with _head_sees(model, lambda own, base=base_inputs: torch.cat([own, base])):  # type: ignore[misc]
-                    adapted, base = answer_logits(model, _twice(batch)).chunk(2)
-                total += float(divergence(base, adapted).sum())
+            return self.measure()
+
+    def record(self) -> None:
+        """Run the base, if that is not done yet: the model must have its base weights."""
+        _ = self._head_inputs
+
+    @torch.no_grad()
+    def measure(self) -> float:
+        """The drift of the model as it stands from the recorded base, in nats a token; infinite if its logits are
+        not all numbers, NaN if it does not call its LM head as a module."""
+        if len(self._head_inputs) < len(self._batches):
+            return math.nan
+        model = self._subject.model
+        total = 0.0
+        for batch, base_inputs in zip(self._batches, self._head_inputs, strict=True):
+            with _head_sees(model, lambda own, base=base_inputs: torch.cat([own, base])):  # type: ignore[misc]
+                adapted, base = answer_logits(model, _twice(batch)).chunk(2)
+            total += float(divergence(base, adapted).sum())
         # Rounding may leave the sum a little below zero.
         return math.inf if math.isnan(total) else max(total / self.tokens, 0.0)
 
     @cached_property
+    @torch.no_grad()
     def _head_inputs(self) -> list[Tensor]:
         """For each batch (R, T, hidden): what the base's LM head gets, padding too."""
         kept: list[Tensor] = []

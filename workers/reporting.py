@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,17 +22,27 @@ PACKAGES = ("compress-to-impress", "torch", "transformers", "peft", "tokenizers"
 
 
 @dataclass(frozen=True, eq=False)
+class Tested:
+    """A model on the test split, and its drift from the base."""
+
+    outcome: Outcome
+    drift: float
+
+
+@dataclass(frozen=True, eq=False)
 class Findings:
     """Everything that an adaptation knows at its end."""
 
     subject: Subject
     splits: Splits
     search: Search
-    outcomes: Sequence[Outcome]
-    """On the test split: the base, after the first accepted pass, after the last; the last two may be one or none."""
-    drifts: Sequence[float]
-    """Of the same models, on `neutral_tokens` positions of neutral text."""
+    base: Tested
+    first: Tested | None
+    """After the first pass, if it was accepted."""
+    last: Tested
+    """What the search returned."""
     neutral_tokens: int
+    """Positions that drifts are means over."""
     verdict: Verdict
     plan: Plan
     """What is returned: empty if that is the base."""
@@ -45,9 +54,8 @@ class Findings:
 def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Report:
     """The report of one adaptation."""
     tested = found.splits.test or [found.splits.pool[row] for row in found.search.judged]
-    base = found.outcomes[0]
-    returned = found.outcomes[-1] if found.verdict.improved else base
-    first = found.outcomes[1] if len(found.outcomes) > 1 else None
+    base, first = found.base.outcome, found.first
+    returned = found.last if found.verdict.improved else found.base
     entries = _plan_entries(found.subject, found.plan)
     parameters = sum(p.numel() for p in found.subject.model.parameters())
     return Report(
@@ -55,7 +63,7 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
         verdict=found.verdict.sentence,
         difference=found.verdict.difference,
         removed=Removed(components=found.plan.size, modules=len({entry.module for entry in entries})),
-        drift=_drift(found, -1 if found.verdict.improved else 0),
+        drift=_drift(returned, found),
         model=ModelInfo(
             id=model.id,
             revision=model.revision,
@@ -73,11 +81,11 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
         passes_requested=spec.passes,
         splits=found.splits.sizes,
         base=metrics(base, tested),
-        after_first_pass=metrics(first, tested) if first else None,
-        adapted=metrics(returned, tested),
+        after_first_pass=metrics(first.outcome, tested) if first else None,
+        adapted=metrics(returned.outcome, tested),
         differences=found.verdict.differences,
-        first_pass_differences=differences(base, first, spec.seed) if first else [],
-        first_pass_drift=_drift(found, 1) if first else None,
+        first_pass_differences=differences(base, first.outcome, spec.seed) if first else [],
+        first_pass_drift=_drift(first, found) if first else None,
         max_drift=spec.max_drift,
         passes=found.search.passes,
         outlook=_outlook(spec, found.search),
@@ -91,9 +99,8 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
     )
 
 
-def _drift(found: Findings, model: int) -> Drift:
-    value = found.drifts[model]
-    return Drift(value=value if math.isfinite(value) else None, tokens=found.neutral_tokens)
+def _drift(tested: Tested, found: Findings) -> Drift:
+    return Drift(value=tested.drift if math.isfinite(tested.drift) else None, tokens=found.neutral_tokens)
 
 
 def _outlook(spec: JobSpec, search: Search) -> Outlook:
@@ -101,7 +108,12 @@ def _outlook(spec: JobSpec, search: Search) -> Outlook:
     seconds = sum(report.seconds for report in search.passes) / len(search.passes)
     falling = last.accepted and last.still_falling
     cost = f"about {seconds:.0f} s ({seconds / search.clock.fb:.1f} FB)"
-    if not last.accepted:
+    if last.withdrawn:
+        message = (
+            f"Pass {last.number} lowered the loss and is not returned: fewer answers of the selection split were right "
+            f"than the base's. Another pass may mend that, and would cost {cost}."
+        )
+    elif not last.accepted:
         message = f"Pass {last.number} was not accepted: {last.reason}. More passes would not help."
     elif not falling:
         message = f"Pass {last.number} lowered the selection loss by little; another would cost {cost}."

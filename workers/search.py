@@ -26,9 +26,10 @@ from service.errors import UnusableModel
 from service.jobs import Objective, Stage
 from service.reports import Candidate, PassReport
 from workers.bounds import DriftBound
-from workers.evaluation import Outcome, evaluate, paired_p
+from workers.evaluation import Outcome, evaluate, mcnemar_p, paired_p
 from workers.examples import Encoded, Layout
 from workers.gradients import Effects, effects
+from workers.prefixes import Prefixes
 from workers.progress import Clock
 from workers.proposals import Components, Proposal, Proposals, Proposer
 from workers.pruning import applied
@@ -43,6 +44,8 @@ PATIENCE = 2
 STRIDE = 4
 FEWEST_JUDGED = 24
 FINALISTS = 2
+# What is returned must not have fewer answers right than the base, at this p. A harm is to be ruled out, not proved.
+HARM = 0.1
 # A pass that still lowered the loss by this fraction suggests that another would pay.
 STILL_FALLING = 0.02
 
@@ -122,6 +125,7 @@ class Search:
         """The result's plan: of the base, and after each accepted pass."""
         self.outcomes: list[Outcome] = []
         """On the judged examples, in the order of `plans`."""
+        self._recorded: dict[int, tuple[Plan, Prefixes]] = {}
         self.unreached: dict[str, str] = {}
         """Modules that no gradient reached, and why."""
 
@@ -136,9 +140,21 @@ class Search:
             report, outcome = self._one_pass(number, self.outcomes[-1], on_step)
             self.passes.append(report)
             if not report.accepted:
-                return
+                break
             self.plans.append(self.result.plan)
             self.outcomes.append(outcome)
+        returned = self.result_after(passes)
+        for k in range(returned, len(self.plans) - 1):
+            self.passes[k] = self.passes[k].model_copy(update={"withdrawn": True})
+
+    def result_after(self, passes: int) -> int:
+        """Which of `plans` a search of so many passes returns: the last, but for those under which fewer answers are
+        right than the base's, by more than chance. The loss may fall while a model collapses to one answer, and the
+        next pass may mend that, so it ends no search; but what is returned shall not have it."""
+        k = min(passes, len(self.plans) - 1)
+        while k and self.proposer.nested and _harms(self.outcomes[0], self.outcomes[k]):
+            k -= 1
+        return k
 
     def _one_pass(self, number: int, current: Outcome, on_step: OnStep) -> tuple[PassReport, Outcome]:
         began = time.perf_counter()
@@ -323,18 +339,48 @@ class Search:
             mine = [row for row in track.judge if row in wanted]
             if not mine:
                 continue
-            part = self._evaluate(plan, mine)
+            part = self._evaluate(track, plan, mine)
             where = [at[row] for row in mine]
             for field_name in OUTCOME_FIELDS:
                 getattr(whole, field_name)[where] = getattr(part, field_name)
         return whole
 
-    def _evaluate(self, plan: Plan, rows: Sequence[int]) -> Outcome:
-        """The model without the plan's components on some of the pool's examples."""
+    def _evaluate(self, track: Track, plan: Plan, rows: Sequence[int]) -> Outcome:
+        """The model without the plan's components on some of the track's examples."""
         subject = self.subject
+        changed = [name for name, removed in plan.components.items() if removed != track.plan.components.get(name)]
+        # A plan of a whole list touches early blocks too, and is judged on few examples at first.
+        prefixes = self._prefixes(track) if changed and not self.proposer.nested else None
         with applied(subject.targets, subject.spectra, plan):
+            if prefixes is not None:
+                return prefixes.evaluate(subject.objective, prefixes.first_block(changed))
             encoded = [self.pool[row] for row in rows]
             return evaluate(subject.model, encoded, subject.objective, subject.layout)
+
+    def _prefixes(self, track: Track) -> Prefixes:
+        """Block outputs of the track's current model on all examples that it judges."""
+        recorded = self._recorded.get(id(track))
+        if recorded is None or recorded[0] != track.plan:
+            subject = self.subject
+            encoded = [self.pool[row] for row in track.judge]
+            prefixes = recorded[1] if recorded else Prefixes(subject.model, encoded, subject.layout)
+            with applied(subject.targets, subject.spectra, track.plan):
+                prefixes.record(subject.objective)
+            recorded = self._recorded[id(track)] = (track.plan, prefixes)
+        return recorded[1]
+
+
+def _harms(base: Outcome, other: Outcome) -> bool:
+    """Whether fewer answers are right, over the choices or to the letter, by a one-sided McNemar test."""
+    pairs = [(base.exact, other.exact)]
+    closed = ~np.isnan(base.correct)
+    if closed.any():
+        pairs.append((base.correct[closed], other.correct[closed]))
+    for before, after in pairs:
+        gained, lost = int(((after == 1) & (before == 0)).sum()), int(((after == 0) & (before == 1)).sum())
+        if lost > gained and mcnemar_p(gained, lost) / 2 < HARM:
+            return True
+    return False
 
 
 def _with_refused(reason: str, trials: Sequence[Trial], refused: Sequence[Proposal]) -> str:

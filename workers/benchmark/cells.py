@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from service import jsonl
 from service.errors import InvalidInput
 from service.jobs import Objective, PromptFormat
 from service.models import Model
+from workers import masked
 from workers.adaptation import layout_for
 from workers.benchmark.tasks import Split
 from workers.checkpoints import Checkpoint, load
+from workers.drift import NeutralText, encode_neutral, paragraphs
 from workers.evaluation import Outcome, evaluate, losses, score
 from workers.examples import Batch, Encoded, Layout, batches, encode
 from workers.search import Subject
@@ -36,6 +38,8 @@ class Bench:
     base: Checkpoint
     targets: Sequence[Target]
     spectra: Mapping[str, Spectrum]
+    decompose: Callable[[Tensor], Spectrum]
+    neutral: NeutralText
 
     @classmethod
     def load(cls, model: Model, cache: Path) -> Bench:
@@ -46,8 +50,13 @@ class Bench:
         """
         base = load(model.folder)
         targets, _ = find_targets(base.model)
-        spectra = SpectrumCache(cache / "spectra")
-        return cls(model, base, targets, {target.name: spectra.get(target.weight) for target in targets})
+        decompose = SpectrumCache(cache / "spectra").get
+        spectra = {target.name: decompose(target.weight) for target in targets}
+        texts = encode_neutral(paragraphs(), base.tokenizer, model.context_length)
+        subject = Subject(base.model, targets, spectra, OBJECTIVE, layout_for(base, texts))
+        neutral = NeutralText(subject, texts, masked=base.masked)
+        neutral.record()
+        return cls(model, base, targets, spectra, decompose, neutral)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +103,7 @@ def encode_split(bench: Bench, split: Split) -> Encodings:
     """
     try:
         gradient, selection, test = (
-            encode(
+            (masked.encode if bench.base.masked else encode)(
                 examples,
                 bench.base.tokenizer,
                 prompt_format=PromptFormat.TEXT,
@@ -115,7 +124,7 @@ def prepare(bench: Bench, task: str, seed: int, rows: Encodings, fb_seconds: flo
         fb_seconds: of this cell, where it was measured before.
     """
     layout = layout_for(bench.base, [*rows.gradient, *rows.selection, *rows.test])
-    subject = Subject(bench.base.model, bench.targets, bench.spectra, OBJECTIVE, layout)
+    subject = Subject(bench.base.model, bench.targets, bench.spectra, OBJECTIVE, layout, bench.decompose)
     if fb_seconds is None:
         fb_seconds = measure_fb(bench.base.model, rows.gradient, layout)
     started = time.perf_counter()

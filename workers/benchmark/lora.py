@@ -53,6 +53,7 @@ class Trained:
     seconds: float
     """Of training and selection."""
     test_seconds: float
+    drift: float
 
 
 def train(cell: Cell, learning_rate: float = LEARNING_RATE) -> Trained:
@@ -72,9 +73,10 @@ def train(cell: Cell, learning_rate: float = LEARNING_RATE) -> Trained:
                 parameter.copy_(value)
         seconds = time.perf_counter() - started
         outcome, test_seconds = cell.test()
+        drift = cell.bench.neutral.measure()
         size = _saved_bytes(adapted) if epoch else 0
     parameters = sum(parameter.numel() for parameter in trained) if epoch else 0
-    return Trained(outcome, epoch, found, parameters, size, seconds, test_seconds)
+    return Trained(outcome, epoch, found, parameters, size, seconds, test_seconds, drift)
 
 
 def _epochs(cell: Cell, trained: list[nn.Parameter], learning_rate: float) -> Iterator[int]:

@@ -11,22 +11,28 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from safetensors.torch import load_file
 
 from service.errors import InvalidInput
 from service.jobs import Example, Stage
 from service.reports import PassReport
+from service.strategies import C2IOptions, LaserOptions
 from workers.benchmark import fewshot, lora
 from workers.benchmark.cells import OBJECTIVE, Cell
 from workers.benchmark.records import CandidateRow
 from workers.checkpoints import write_adapter
 from workers.evaluation import Outcome, evaluate
+from workers.examples import Encoded
 from workers.progress import folder_bytes
 from workers.pruning import applied
 from workers.ranking import Plan
-from workers.search import Search, Track
+from workers.search import Search, Subject, Track
+from workers.strategies import make_search
 
 SIMPLE = ("base", "majority", "fewshot", "lora")
 GRIDS = ("laser", "c2i")
+# Of LASER's grid, which has 1,470 candidates for a model of 30 layers.
+LASER_SAMPLE = 200
 COMPONENTS = re.compile(r"components:([1-8])")
 
 
@@ -64,9 +70,7 @@ def parse_methods(text: str) -> list[str]:
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name in GRIDS:
-            raise InvalidInput(f"{name} is not available yet", param="methods")
-        if name not in SIMPLE and not COMPONENTS.fullmatch(name):
+        if name not in (*SIMPLE, *GRIDS) and not COMPONENTS.fullmatch(name):
             known = ", ".join((*SIMPLE, *GRIDS))
             raise InvalidInput(f"no method {name}; there are {known} and components:1 to components:8", param="methods")
     return list(dict.fromkeys(["base", *names]))
@@ -89,7 +93,7 @@ def measure(cell: Cell, unit: Sequence[str], gradient: Sequence[Example]) -> Mea
     if COMPONENTS.fullmatch(name):
         return components(cell, [passes_of(method) for method in unit])
     if name == "base":
-        return Measurement({name: Measured(cell.base, cell.base_seconds)})
+        return Measurement({name: Measured(cell.base, cell.base_seconds, drift=0.0)})
     if name == "majority":
         return Measurement({name: Measured(majority(cell), 0.0)})
     if name == "fewshot":
@@ -124,7 +128,7 @@ def majority(cell: Cell) -> Outcome:
 def _fewshot(cell: Cell, examples: Sequence[Example]) -> Measured:
     found = fewshot.prompt_with_examples(cell, examples)
     note = f"{found.shots} examples, {'context run once' if found.cached else 'context run with every row'}"
-    return Measured(found.outcome, found.seconds, seconds=found.seconds, note=note)
+    return Measured(found.outcome, found.seconds, seconds=found.seconds, drift=0.0, note=note)
 
 
 def _lora(cell: Cell) -> Measured:
@@ -137,6 +141,7 @@ def _lora(cell: Cell) -> Measured:
         parameters=found.parameters,
         bytes=found.bytes,
         passes=found.epoch,
+        drift=found.drift,
         note=f"selection loss of the base and after each epoch: {selection}",
     )
 
@@ -144,9 +149,7 @@ def _lora(cell: Cell) -> Measured:
 def components(cell: Cell, passes: Sequence[int]) -> Measurement:
     """One search of as many passes as the most asked for. After K of them it stood where a search of K passes ends,
     to the bit, so that it answers for fewer too."""
-    pool = [*cell.rows.gradient, *cell.rows.selection]
-    n = len(cell.rows.gradient)
-    track = Track(list(range(n)), list(range(n, len(pool))))
+    pool, track = _pool(cell)
     search = Search(cell.subject, pool, [track], track)
     started = time.perf_counter()
     search.run(max(passes), _silent)
@@ -155,42 +158,49 @@ def components(cell: Cell, passes: Sequence[int]) -> Measurement:
     tested: dict[int, Measured] = {}
     by_method: dict[str, Measured] = {}
     for asked in passes:
-        k = min(asked, len(search.plans) - 1)
+        k = search.result_after(asked)
         if k not in tested:
-            tested[k] = _removal(cell, search.plans[k], k)
+            tested[k] = _removal(cell, cell.subject, search.plans[k], k)
         spent = before_passes + sum(report.seconds for report in search.passes[:asked])
         by_method[f"components:{asked}"] = replace(tested[k], seconds=spent)
-    return Measurement(by_method, [row for report in search.passes for row in _candidates(cell, report)])
+    return Measurement(by_method, [row for report in search.passes for row in _candidates(cell, "components", report)])
 
 
-def _removal(cell: Cell, plan: Plan, passes: int) -> Measured:
-    """A plan on the test split, and the adapter that it is."""
-    subject = cell.subject
+def _removal(cell: Cell, subject: Subject, plan: Plan, passes: int) -> Measured:
+    """A plan on the test split, and the adapter that it is.
+
+    Args:
+        subject: knows the row blocks that the plan touches.
+    """
     started = time.perf_counter()
     with applied(subject.targets, subject.spectra, plan):
         outcome = evaluate(subject.model, cell.rows.test, OBJECTIVE, cell.layout)
     test_seconds = time.perf_counter() - started
-    touched = [target for target in subject.targets if plan.components.get(target.name)]
-    with tempfile.TemporaryDirectory() as folder:
-        if touched:
-            write_adapter(Path(folder) / "adapter", cell.bench.model.id, subject.targets, subject.spectra, plan)
-        size = folder_bytes(Path(folder))
+    parameters = size = 0
+    if plan.size:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name) / "adapter"
+            masked = cell.bench.base.masked
+            write_adapter(folder, cell.bench.model.id, subject.targets, subject.spectra, plan, masked=masked)
+            size = folder_bytes(folder)
+            parameters = sum(tensor.numel() for tensor in load_file(folder / "adapter_model.safetensors").values())
     return Measured(
         outcome,
         test_seconds,
-        parameters=sum(len(plan.components[t.name]) * sum(t.weight.shape) for t in touched),
+        parameters=parameters,
         bytes=size,
+        drift=cell.bench.neutral.drift(plan, subject),
         passes=passes,
         components=plan.size,
     )
 
 
-def _candidates(cell: Cell, report: PassReport) -> list[CandidateRow]:
+def _candidates(cell: Cell, method: str, report: PassReport) -> list[CandidateRow]:
     return [
         CandidateRow(
             task=cell.task,
             seed=cell.seed,
-            method="components",
+            method=method,
             number=report.number,
             size=candidate.size,
             examples=candidate.examples,
@@ -204,9 +214,28 @@ def _candidates(cell: Cell, report: PassReport) -> list[CandidateRow]:
 
 
 def grid_search(cell: Cell, strategy: str) -> Measurement:
-    """`laser` and `c2i`: a seeded sample of their grids (`tried` of `tried_of` candidates). WIRE HERE the search of
-    these strategies, and let `parse_methods` pass their names."""
-    raise InvalidInput(f"{strategy} is not available yet", param="methods")
+    """`laser` and `c2i`, one pass: the plan that they take, and their candidates. LASER tries a seeded sample of its
+    grid (`tried` of `tried_of`)."""
+    options = LaserOptions(sample=LASER_SAMPLE) if strategy == "laser" else C2IOptions()
+    pool, track = _pool(cell)
+    search = make_search(cell.subject, pool, [track], track, options, cell.seed)
+    started = time.perf_counter()
+    search.run(1, _silent)
+    seconds = time.perf_counter() - started
+    (report,) = search.passes
+    measured = _removal(cell, search.subject, search.plans[-1], int(report.accepted))
+    tried = len(report.candidates)
+    grid = len(cell.bench.targets) * len(options.retentions) if isinstance(options, LaserOptions) else tried
+    note = report.reason
+    measured = replace(measured, seconds=seconds, tried=tried, tried_of=max(grid, tried), note=note)
+    return Measurement({strategy: measured}, _candidates(cell, strategy, report))
+
+
+def _pool(cell: Cell) -> tuple[list[Encoded], Track]:
+    """The rows of both splits, and the way through them: ranked by the one, judged on the other."""
+    pool = [*cell.rows.gradient, *cell.rows.selection]
+    n = len(cell.rows.gradient)
+    return pool, Track(list(range(n)), list(range(n, len(pool))))
 
 
 def _silent(stage: Stage, number: int, fraction: float, message: str) -> None:

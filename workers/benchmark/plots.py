@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,35 +70,51 @@ def draw_costs(axes: Axes, rows: Sequence[Row]) -> None:
     axes.legend(loc="best", framealpha=0.9)
 
 
+@dataclass(frozen=True)
+class _Fall:
+    """Of a candidate's loss, as a part of the loss before the pass."""
+
+    number: int
+    chosen: bool
+    predicted: float
+    actual: float
+
+    @classmethod
+    def of(cls, candidate: CandidateRow, predicted_loss: float) -> _Fall:
+        base = candidate.base_loss
+        actual = (base - candidate.loss) / base
+        return cls(candidate.number, candidate.chosen, (base - predicted_loss) / base, actual)
+
+
 def draw_reliability(axes: Axes, candidates: Sequence[CandidateRow]) -> None:
-    """Predicted against actual fall in mean loss of every plan tried, in units of the loss before the pass."""
+    """Predicted against actual fall in mean loss of every plan that first order says something of, in units of the
+    loss before the pass."""
+    falls = [_Fall.of(c, c.predicted_loss) for c in candidates if c.predicted_loss is not None]
     for later, name, colour, marker in (
         (False, "first pass", COLOURS[0], "o"),
         (True, "later passes", COLOURS[1], "s"),
     ):
-        mine = [c for c in candidates if (c.number > 1) == later]
+        mine = [fall for fall in falls if (fall.number > 1) == later]
         if not mine:
             continue
-        predicted = [(c.base_loss - c.predicted_loss) / c.base_loss for c in mine]
-        actual = [(c.base_loss - c.loss) / c.base_loss for c in mine]
+        predicted, actual = [fall.predicted for fall in mine], [fall.actual for fall in mine]
         axes.scatter(predicted, actual, s=16, color=colour, marker=marker, alpha=0.5, linewidths=0, label=name)
-    chosen = [c for c in candidates if c.chosen]
     axes.scatter(
-        [(c.base_loss - c.predicted_loss) / c.base_loss for c in chosen],
-        [(c.base_loss - c.loss) / c.base_loss for c in chosen],
+        [fall.predicted for fall in falls if fall.chosen],
+        [fall.actual for fall in falls if fall.chosen],
         s=50,
         facecolors="none",
         edgecolors="black",
         label="accepted",
     )
-    low, high = -1.0, max(1.0, *((c.base_loss - c.predicted_loss) / c.base_loss for c in candidates))
+    low, high = -1.0, max([1.0, *(fall.predicted for fall in falls)])
     axes.plot([low, high], [low, high], color="0.4", linestyle="--", label="as predicted")
     axes.axhline(0, color="0.7", linewidth=0.8)
     axes.set_ylim(low, 1.05)
     axes.set_xlim(-0.1, high * 1.05)
     axes.set_xlabel("predicted fall in loss, over the loss before the pass")
     axes.set_ylabel("actual fall, likewise (below -1 not shown)")
-    axes.set_title(f"{len(candidates):,} plans tried on the selection split")
+    axes.set_title(f"{len(falls):,} plans tried on the selection split")
     axes.grid(alpha=0.3)
     axes.legend(loc="best", framealpha=0.9)
 

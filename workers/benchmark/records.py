@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from service.errors import InvalidInput
-from service.jobs import Strict
+from service.strict import Strict
 
 
 class Row(Strict):
@@ -80,7 +80,7 @@ class CandidateRow(Strict):
     size: int
     examples: int
     base_loss: float
-    predicted_loss: float
+    predicted_loss: float | None
     loss: float
     chosen: bool
 
