@@ -31,6 +31,8 @@ RANK = 8
 ALPHA = 16
 EPOCHS = 6
 BATCH = 10
+# Least selection loss on CounterFact, 100 gradient and 60 selection rows, one seed, from 6.79: 3.55 (epoch 3) at 2e-3,
+# 4.47 (epoch 6) with 5e-4. Nothing else was tried: neither 1e-3 and 4e-3, nor a second task, nor a constant rate.
 LEARNING_RATE = 2e-3
 LARGEST_NORM = 1.0
 """Gradients longer than this are cut to it."""
