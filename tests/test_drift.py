@@ -274,7 +274,7 @@ def test_a_bound_that_allows_nothing_is_told_to_be_the_reason(planted: Planted) 
     held, _ = bounded(planted, 1e-6, passes=3)
     (report,) = held.passes
     assert (report.accepted, report.candidates, held.result.plan) == (False, [], Plan())
-    assert report.reason == "removing one component more would take the drift over max_drift"
+    assert report.reason == "the least that could be removed would take the drift over max_drift"
 
 
 def test_a_bound_that_is_never_reached_changes_nothing(planted: Planted) -> None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from service.jobs import Example, Objective, Stage
 from tests import plain
 from tests.plain import encoded, loaded, targets_of, weights_of
 from tests.planted import SPOILER, Planted
 from tests.test_pruning import same_bits
-from workers.evaluation import evaluate
+from workers.evaluation import Outcome, evaluate
 from workers.examples import Encoded, Layout
 from workers.gradients import effects
+from workers.proposals import Components
 from workers.pruning import applied
 from workers.ranking import Plan, rank
 from workers.search import Search, Subject, Track
@@ -228,3 +231,43 @@ def test_progress_within_a_pass_grows(planted: Planted) -> None:
             assert fractions == sorted(fractions)
             assert all(0 <= f <= 1 for f in fractions)
             assert fractions
+
+
+def test_a_component_in_doubt_is_part_of_a_plan_only_if_it_helped_by_itself() -> None:
+    ramp = torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None] * 1e-3
+    ranking = rank({"m": ramp + torch.tensor([0.5, 0.01, 0.02])})
+    proposals = Components().propose([ranking, ranking], [Plan(), Plan()], loss=1.0)
+    (doubt,) = proposals.doubts
+    assert doubt.addition(0) == doubt.addition(1) == Plan({"m": (0,)})
+    assert [p.addition(1) for p in proposals.rounds[0]] == [Plan({"m": (1, 2)})]
+    assert proposals.settled is not None
+    for helpful, expected in ((False, (1, 2)), (True, (0, 1, 2))):
+        (last,) = proposals.settled([helpful]).rounds[0]
+        assert last.addition(1) == Plan({"m": expected})
+    assert Components().propose([ranking], [Plan()], loss=5.0).settled is None
+
+
+def outcome_of(correct: Sequence[float], exact: Sequence[float]) -> Outcome:
+    N = len(correct)
+    return Outcome(np.ones(N), np.array(exact), np.zeros(N, dtype=np.int64), np.array(correct))
+
+
+@pytest.mark.parametrize(
+    ("correct", "exact", "harms"),
+    [
+        ([1.0] * 20 + [0.0] * 20, [0.0] * 40, False),  # as the base
+        ([1.0] * 15 + [0.0] * 25, [1.0] * 40, True),  # five answers fewer, whatever is gained to the letter
+        ([1.0] * 19 + [0.0] * 21, [1.0] * 40, False),  # one fewer is chance
+        ([0.0] * 12 + [1.0] * 28, [0.0] * 40, False),  # twelve lost, twenty gained
+        ([math.nan] * 40, [0.0] * 40, False),
+    ],
+)
+def test_what_leaves_fewer_answers_right_is_not_returned(
+    planted: Planted, correct: list[float], exact: list[float], harms: bool
+) -> None:
+    track = Track([0], [1])
+    found = Search(subject(planted.folder), [], [track], track)
+    base = [math.nan] * 40 if math.isnan(correct[0]) else [1.0] * 20 + [0.0] * 20
+    found.plans = [Plan(), Plan({"m": (0,)}), Plan({"m": (0, 1)})]
+    found.outcomes = [outcome_of(base, [0.0] * 40), outcome_of(base, [0.0] * 40), outcome_of(correct, exact)]
+    assert [found.result_after(passes) for passes in (1, 2, 8)] == [1, *[1 if harms else 2] * 2]

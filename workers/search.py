@@ -171,8 +171,10 @@ class Search:
         doubts: list[Trial] = []
         if proposals.settled is not None:
             on_step(Stage.SEARCHING, number, 0.0, f"trying {len(proposals.doubts)} components by themselves")
-            doubts = [self._trial(doubt, self._few()) for doubt in proposals.doubts]
-            proposals = proposals.settled([doubt.gain(current) > 0 for doubt in doubts])
+            allowed = list(self._allowed(proposals.doubts, []))
+            doubts = [self._trial(doubt, self._few()) for doubt in allowed]
+            helpful = [doubt.proposal for doubt in doubts if doubt.gain(current) > 0]
+            proposals = proposals.settled([doubt in helpful for doubt in proposals.doubts])
         candidates, choices = self._rounds(proposals, current, partial(on_step, Stage.SEARCHING, number))
         current = choices[-1].outcome
         kept = [choice for choice in choices if choice.kept is not None]
