@@ -233,18 +233,16 @@ def test_progress_within_a_pass_grows(planted: Planted) -> None:
             assert fractions
 
 
-def test_a_component_in_doubt_is_part_of_a_plan_only_if_it_helped_by_itself() -> None:
+def test_a_component_in_doubt_is_tried_by_itself_and_in_no_list() -> None:
     ramp = torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None] * 1e-3
     ranking = rank({"m": ramp + torch.tensor([0.5, 0.01, 0.02])})
     proposals = Components().propose([ranking, ranking], [Plan(), Plan()], loss=1.0)
-    (doubt,) = proposals.doubts
-    assert doubt.addition(0) == doubt.addition(1) == Plan({"m": (0,)})
+    (single,) = proposals.singles
+    assert single.addition(0) == single.addition(1) == Plan({"m": (0,)})
     assert [p.addition(1) for p in proposals.rounds[0]] == [Plan({"m": (1, 2)})]
-    assert proposals.settled is not None
-    for helpful, expected in ((False, (1, 2)), (True, (0, 1, 2))):
-        (last,) = proposals.settled([helpful]).rounds[0]
-        assert last.addition(1) == Plan({"m": expected})
-    assert Components().propose([ranking], [Plan()], loss=5.0).settled is None
+    believed = Components().propose([ranking], [Plan()], loss=5.0)
+    assert not believed.singles
+    assert [p.addition(0) for p in believed.rounds[0]] == [Plan({"m": (0, 1, 2)})]
 
 
 def outcome_of(correct: Sequence[float], exact: Sequence[float]) -> Outcome:

@@ -10,16 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from workers.ranking import Plan, Ranking, rank, sizes
+from workers.ranking import Plan, Ranking, Single, rank, sizes
 from workers.targets import Target
 
 T = TypeVar("T")
-# At most so many components a pass are tried by themselves; more in doubt are left alone.
-DOUBTS = 4
+# Of components whose predicted fall is not believed, at most so many a pass are tried, each by itself.
+SINGLES = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,15 @@ class Proposal:
     """What track k would remove beyond its plan; made when asked for, since many candidates are never tried."""
 
 
+def joined(a: Proposal, b: Proposal) -> Proposal:
+    """What two candidates remove that have nothing in common."""
+    fall = None if a.fall is None or b.fall is None else a.fall + b.fall
+    size = a.size + b.size
+    return Proposal(
+        f"{b.description} and {a.description}", size, fall, lambda track: a.addition(track).union(b.addition(track))
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Proposals:
     """The candidates of one pass."""
@@ -46,10 +56,8 @@ class Proposals:
     """The pass ends when so many rounds have kept a candidate."""
     of_size: Callable[[int], Proposal] | None = None
     """Of nested candidates: one between two of them."""
-    doubts: Sequence[Proposal] = ()
-    """Of nested candidates: what is to be tried by itself before it may be part of one."""
-    settled: Callable[[Sequence[bool]], Proposals] | None = None
-    """The proposals once it is known which of `doubts` lower the loss."""
+    singles: Sequence[Proposal] = ()
+    """Beside nested candidates: what is in none of them, and is tried by itself."""
     blocks: Sequence[Target] = ()
     """Row blocks that the candidates remove components of, beside the targets that effects are taken of."""
 
@@ -94,20 +102,15 @@ class Components:
         return rank(effects, rows, removed)
 
     def propose(self, ranked: Sequence[Ranking], plans: Sequence[Plan], loss: float) -> Proposals:
-        doubtful = list(dict.fromkeys(single for r in reversed(ranked) for single in r.doubtful(loss)))
-        proposals = self._grid([r.without(set(doubtful)) for r in ranked])
-        if not doubtful:
-            return proposals
-
-        def settled(helpful: Sequence[bool]) -> Proposals:
-            left_out = {single for k, single in enumerate(doubtful) if k >= len(helpful) or not helpful[k]}
-            return self._grid([r.without(left_out) for r in ranked])
-
-        doubts = [
-            Proposal(f"component {i} of {name}", 1, None, lambda _, name=name, i=i: Plan({name: (i,)}))  # type: ignore[misc]
-            for name, i in doubtful[:DOUBTS]
+        doubtful: dict[Single, float] = {}
+        for ranking in reversed(ranked):  # the result's go first, with its own prediction
+            for single, fall in ranking.doubtful(loss).items():
+                doubtful.setdefault(single, fall)
+        singles = [
+            Proposal(f"component {i} of {name}", 1, fall, partial(_for_every_track, Plan({name: (i,)})))
+            for (name, i), fall in islice(doubtful.items(), SINGLES)
         ]
-        return replace(proposals, doubts=doubts, settled=settled)
+        return replace(self._grid([r.without(set(doubtful)) for r in ranked]), singles=singles)
 
     def _grid(self, ranked: Sequence[Ranking]) -> Proposals:
         result = ranked[-1]
@@ -120,3 +123,7 @@ class Components:
             return Proposal(words, n, float(result.predicted[n - 1]), partial(first, n))
 
         return Proposals([[of_size(n) for n in sizes(len(result))]], of_size=of_size)
+
+
+def _for_every_track(plan: Plan, track: int) -> Plan:
+    return plan

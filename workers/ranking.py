@@ -17,8 +17,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-# A component of which first order predicts that the loss falls by more than this share of it is not believed before it
-# is tried: of one that was to gain 3.8 of 6.2, removal cost 6.7, and spoilt every plan it was in.
+# A component of which first order predicts that the loss falls by more than this share of it is tried by itself and is
+# in no longer list: of one that was to gain 3.8 of 6.2 removal cost 6.7, and spoilt every plan that it was in.
 CREDIBLE = 0.1
 SMALLEST = 16
 
@@ -65,10 +65,10 @@ class Ranking:
         """(n,) the fall in mean loss predicted for removing the first 1, 2, ... n."""
         return self.fall.cumsum(0)
 
-    def doubtful(self, loss: float) -> list[Single]:
-        """Components, in order, whose fall is too large a share of the mean loss to be believed."""
+    def doubtful(self, loss: float) -> dict[Single, float]:
+        """Components, in order, whose fall is too large a share of the mean loss to be believed, and that fall."""
         at = (self.fall > CREDIBLE * loss).nonzero().squeeze(1).tolist()
-        return [(self.modules[int(self.module[k])], int(self.component[k])) for k in at]
+        return {(self.modules[int(self.module[k])], int(self.component[k])): float(self.fall[k]) for k in at}
 
     def without(self, left_out: Collection[Single]) -> Ranking:
         """The ranking without some components."""

@@ -31,7 +31,7 @@ from workers.examples import Encoded, Layout
 from workers.gradients import Effects, effects
 from workers.prefixes import Prefixes
 from workers.progress import Clock
-from workers.proposals import Components, Proposal, Proposals, Proposer
+from workers.proposals import Components, Proposal, Proposals, Proposer, joined
 from workers.pruning import applied
 from workers.ranking import Plan
 from workers.spectrum import Spectrum, decompose
@@ -168,13 +168,6 @@ class Search:
         decomposed = time.perf_counter() - decomposing
         self.clock.decomposing += decomposed
 
-        doubts: list[Trial] = []
-        if proposals.settled is not None:
-            on_step(Stage.SEARCHING, number, 0.0, f"trying {len(proposals.doubts)} components by themselves")
-            allowed = list(self._allowed(proposals.doubts, []))
-            doubts = [self._trial(doubt, self._few()) for doubt in allowed]
-            helpful = [doubt.proposal for doubt in doubts if doubt.gain(current) > 0]
-            proposals = proposals.settled([doubt in helpful for doubt in proposals.doubts])
         candidates, choices = self._rounds(proposals, current, partial(on_step, Stage.SEARCHING, number))
         current = choices[-1].outcome
         kept = [choice for choice in choices if choice.kept is not None]
@@ -183,7 +176,7 @@ class Search:
         report = PassReport(
             number=number,
             base_loss=loss,
-            candidates=[*(doubt.report(current) for doubt in doubts), *candidates],
+            candidates=candidates,
             chosen=self.result.plan.size - size_before,
             loss=float(current.loss.mean()),
             p=paired_p(current.loss - before.loss, two_sided=False) if kept else choices[-1].p,
@@ -209,7 +202,8 @@ class Search:
             refused: list[Proposal] = []
             if self.proposer.nested:
                 allowed = self._within_bound(proposed, proposals, refused)
-                trials = self._try_nested(allowed, len(proposed), current, on_trial)
+                singles = list(self._allowed(proposals.singles, []))
+                trials = self._try_nested(singles, allowed, len(proposed), current, on_trial)
             else:
                 trials = self._try_all(self._allowed(proposed, refused), len(proposed), current, on_trial)
             candidates += [trial.report(current) for trial in trials]
@@ -248,19 +242,31 @@ class Search:
         return self.result.plan.union(proposal.addition(len(self.all_tracks) - 1))
 
     def _try_nested(
-        self, proposals: Iterable[Proposal], most: int, current: Outcome, on_trial: Callable[[float, str], None]
+        self,
+        singles: Sequence[Proposal],
+        nested: Iterable[Proposal],
+        most: int,
+        current: Outcome,
+        on_trial: Callable[[float, str], None],
     ) -> list[Trial]:
-        """Judge plans of growing size, first on a few of the examples, the finalists on all."""
+        """Judge single components and plans of growing size, first on a few of the examples, the finalists on all."""
         few = self._few()
         rest = sorted(set(self.judged) - set(few))
-        trials: list[Trial] = []
+        on_trial(0.0, f"trying without {len(singles)} components, each by itself")
+        alone = [self._trial(proposal, few) for proposal in singles]
+        grown: list[Trial] = []
         steps = most + FINALISTS
-        for k, proposal in enumerate(proposals):
+        for k, proposal in enumerate(nested):
             on_trial(min(k, most) / steps, f"trying without {proposal.description}")
-            trials.append(self._trial(proposal, few))
-            best = max(range(len(trials)), key=lambda j: trials[j].gain(current))
-            if trials[best].gain(current) > 0 and len(trials) - 1 - best >= PATIENCE:
+            grown.append(self._trial(proposal, few))
+            best = max(range(len(grown)), key=lambda j: grown[j].gain(current))
+            if grown[best].gain(current) > 0 and len(grown) - 1 - best >= PATIENCE:
                 break
+        trials = [*alone, *grown]
+        helpful = [max(some, key=lambda trial: trial.gain(current)) for some in (alone, grown) if some]
+        if len(helpful) == 2 and all(trial.gain(current) > 0 for trial in helpful):
+            both = list(self._allowed([joined(helpful[0].proposal, helpful[1].proposal)], []))
+            trials += [self._trial(proposal, few) for proposal in both]
         finalists = sorted(trials, key=lambda trial: -trial.gain(current))[:FINALISTS] if rest else []
         for k, trial in enumerate(finalists):
             on_trial((most + k) / steps, f"judging {trial.proposal.description} on all examples")

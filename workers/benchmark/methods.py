@@ -33,6 +33,8 @@ SIMPLE = ("base", "majority", "fewshot", "lora")
 GRIDS = ("laser", "c2i")
 # Of LASER's grid, which has 1,470 candidates for a model of 30 layers.
 LASER_SAMPLE = 200
+# 72 candidates: the whole grid of the strategy's defaults takes 200.
+C2I = C2IOptions(matrices=3, row_blocks=(1, 4, 16))
 COMPONENTS = re.compile(r"components:([1-8])")
 
 
@@ -216,7 +218,7 @@ def _candidates(cell: Cell, method: str, report: PassReport) -> list[CandidateRo
 def grid_search(cell: Cell, strategy: str) -> Measurement:
     """`laser` and `c2i`, one pass: the plan that they take, and their candidates. LASER tries a seeded sample of its
     grid (`tried` of `tried_of`)."""
-    options = LaserOptions(sample=LASER_SAMPLE) if strategy == "laser" else C2IOptions()
+    options = LaserOptions(sample=LASER_SAMPLE) if strategy == "laser" else C2I
     pool, track = _pool(cell)
     search = make_search(cell.subject, pool, [track], track, options, cell.seed)
     started = time.perf_counter()
