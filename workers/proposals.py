@@ -107,7 +107,7 @@ class Components:
             for single, fall in ranking.doubtful(loss).items():
                 doubtful.setdefault(single, fall)
         singles = [
-            Proposal(f"component {i} of {name}", 1, fall, partial(_for_every_track, Plan({name: (i,)})))
+            Proposal(f"component {i} of {name}", 1, fall, partial(for_every_track, Plan({name: (i,)})))
             for (name, i), fall in islice(doubtful.items(), SINGLES)
         ]
         return replace(self._grid([r.without(set(doubtful)) for r in ranked]), singles=singles)
@@ -125,5 +125,6 @@ class Components:
         return Proposals([[of_size(n) for n in sizes(len(result))]], of_size=of_size)
 
 
-def _for_every_track(plan: Plan, track: int) -> Plan:
+def for_every_track(plan: Plan, track: int) -> Plan:
+    """An addition that is the same for all tracks, whatever they have been ranked by."""
     return plan
