@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from service import models
 from service.errors import InvalidInput, ModelNotFound
 from service.jobs import Example
+from service.strategies import C2IOptions, LaserOptions
 from tests import live, plain
 from tests.live import REPOSITORY
 from tests.planted import Planted
@@ -463,3 +464,32 @@ def a_run() -> Run:
         started="2026-01-01T00:00:00+00:00", model="tiny", revision="0" * 40, rows=(24, 24, 40), objective="both",
         tasks={}, versions={"torch": "2"}, machine={"processor": "x", "threads": 1, "gpu": "none"},
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", ["laser", "c2i"])
+def test_a_grid_s_row_is_the_plan_that_its_search_takes(
+    loaded: Bench, tasks: Path, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "LASER_SAMPLE", 20)
+    monkeypatch.setattr(methods, "C2I", C2IOptions(matrices=1, retentions=(0.5, 0.9), row_blocks=(1, 2)))
+    cell = cell_of(loaded, tasks, "planted")
+    found = methods.grid_search(cell, strategy)
+    measured = found.by_method[strategy]
+    grid = len(loaded.targets) * len(LaserOptions().retentions)
+    assert (measured.tried, measured.tried_of) == ((20, grid) if strategy == "laser" else (4, 4))
+    assert len(found.candidates) == measured.tried
+    assert sum(candidate.chosen for candidate in found.candidates) <= 1
+    assert bool(measured.components) == bool(measured.parameters) == bool(measured.drift)
+    again = methods.grid_search(cell, strategy).by_method[strategy]
+    np.testing.assert_array_equal(again.outcome.loss, measured.outcome.loss)
+
+
+def test_drift_is_zero_of_what_changes_no_weight_and_is_known_of_what_does(finished: Path) -> None:
+    for row in Records(finished).rows():
+        if row.method in ("base", "fewshot"):
+            assert row.drift == 0.0
+        elif row.method == "majority":
+            assert row.drift is None
+        else:
+            assert row.drift is not None
+            assert (row.drift > 0) == (row.parameters_touched > 0)

@@ -142,6 +142,22 @@ def test_a_fall_too_large_a_share_of_the_loss_is_in_doubt_and_can_be_left_out() 
     assert listed(ranking.without(set())) == listed(ranking)
 
 
+def test_by_moderated_t_what_is_certain_and_small_comes_later() -> None:
+    ramp = torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None]
+    means = torch.tensor([0.001, 0.5, 0.2, 0.4], dtype=torch.float64)
+    spreads = torch.tensor([0.0001, 0.5, 0.3, 5.0], dtype=torch.float64)
+    ranking = rank({"m": ramp * spreads + means})
+    assert listed(ranking) == [("m", 0), ("m", 1), ("m", 2), ("m", 3)]
+    moderated = ranking.moderated()
+    errors = (ramp * spreads).std(0) / 3
+    s0 = errors[means / errors > 2].median()
+    assert listed(moderated) == [("m", int(i)) for i in (means / (errors + s0)).argsort(descending=True)]
+    assert listed(moderated)[0] == ("m", 1)
+    assert moderated.predicted[-1] == pytest.approx(float(ranking.predicted[-1]))
+    assert torch.equal(moderated.t.sort().values, ranking.t.sort().values)
+    assert len(rank({}).moderated()) == 0
+
+
 def test_sizes_double_up_to_all_there_are() -> None:
     assert sizes(100) == [16, 32, 64, 100]
     assert sizes(64) == [16, 32, 64]

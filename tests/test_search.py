@@ -240,10 +240,10 @@ def test_a_component_in_doubt_is_tried_by_itself_and_in_no_list() -> None:
     proposals = Components().propose([ranking, ranking], [Plan(), Plan()], loss=1.0)
     (single,) = proposals.singles
     assert single.addition(0) == single.addition(1) == Plan({"m": (0,)})
-    assert [p.addition(1) for p in proposals.rounds[0]] == [Plan({"m": (1, 2)})]
+    assert [[p.addition(1) for p in growing.candidates] for growing in proposals.lists] == [[Plan({"m": (1, 2)})]] * 2
     believed = Components().propose([ranking], [Plan()], loss=5.0)
     assert not believed.singles
-    assert [p.addition(0) for p in believed.rounds[0]] == [Plan({"m": (0, 1, 2)})]
+    assert [p.addition(0) for p in believed.lists[0].candidates] == [Plan({"m": (0, 1, 2)})]
 
 
 def outcome_of(correct: Sequence[float], exact: Sequence[float]) -> Outcome:

@@ -84,7 +84,7 @@ def bench(
     tasks: Annotated[str | None, typer.Option(help="Names of task files; all, if not given.")] = None,
     methods: Annotated[
         str, typer.Option(help="base, majority, fewshot, laser, c2i, lora, components:1 to components:8.")
-    ] = "base,majority,fewshot,lora,components:1,components:8",
+    ] = "base,majority,fewshot,lora,c2i,laser,components:1,components:8",
     seeds: Annotated[int, typer.Option(help="How many shuffles of each task's rows.")] = 3,
     rows: Annotated[str, typer.Option(help="Rows of the gradient, selection and test split.")] = "100,100,300",
 ) -> None:

@@ -8,7 +8,7 @@ components, the second matrix kept to 5 %. What they remove is each track's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Protocol, TypeVar
@@ -20,7 +20,7 @@ from workers.targets import Target
 
 T = TypeVar("T")
 # Of components whose predicted fall is not believed, at most so many a pass are tried, each by itself.
-SINGLES = 4
+SINGLES = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,15 +47,24 @@ def joined(a: Proposal, b: Proposal) -> Proposal:
 
 
 @dataclass(frozen=True, eq=False)
+class Growing:
+    """Candidates each of which contains the one before it."""
+
+    candidates: Sequence[Proposal]
+    of_size: Callable[[int], Proposal]
+    """One between two of them."""
+
+
+@dataclass(frozen=True, eq=False)
 class Proposals:
     """The candidates of one pass."""
 
-    rounds: Sequence[Sequence[Proposal]]
+    rounds: Sequence[Sequence[Proposal]] = ((),)
     """At least one. Of each the best is kept if it helps, and the rounds after it go on from there."""
     most_kept: int = 1
     """The pass ends when so many rounds have kept a candidate."""
-    of_size: Callable[[int], Proposal] | None = None
-    """Of nested candidates: one between two of them."""
+    lists: Sequence[Growing] = ()
+    """Nested candidates, tried in the one round that there is then; the best of all lists is kept."""
     singles: Sequence[Proposal] = ()
     """Beside nested candidates: what is in none of them, and is tried by itself."""
     blocks: Sequence[Target] = ()
@@ -110,19 +119,23 @@ class Components:
             Proposal(f"component {i} of {name}", 1, fall, partial(for_every_track, Plan({name: (i,)})))
             for (name, i), fall in islice(doubtful.items(), SINGLES)
         ]
-        return replace(self._grid([r.without(set(doubtful)) for r in ranked]), singles=singles)
+        believed = [r.without(set(doubtful)) for r in ranked]
+        lists = [self._growing(believed, "by t")]
+        if len(believed[-1]):
+            lists.append(self._growing([r.moderated() for r in believed], "by moderated t"))
+        return Proposals(lists=lists, singles=singles)
 
-    def _grid(self, ranked: Sequence[Ranking]) -> Proposals:
+    def _growing(self, ranked: Sequence[Ranking], order: str) -> Growing:
         result = ranked[-1]
 
         def first(n: int, track: int) -> Plan:
             return ranked[track].first(n)
 
         def of_size(n: int) -> Proposal:
-            words = f"{n} component" + "s" * (n > 1)
+            words = f"{n} component{'s' * (n > 1)} {order}"
             return Proposal(words, n, float(result.predicted[n - 1]), partial(first, n))
 
-        return Proposals([[of_size(n) for n in sizes(len(result))]], of_size=of_size)
+        return Growing([of_size(n) for n in sizes(len(result))], of_size)
 
 
 def for_every_track(plan: Plan, track: int) -> Plan:

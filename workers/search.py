@@ -31,7 +31,7 @@ from workers.examples import Encoded, Layout
 from workers.gradients import Effects, effects
 from workers.prefixes import Prefixes
 from workers.progress import Clock
-from workers.proposals import Components, Proposal, Proposals, Proposer, joined
+from workers.proposals import Components, Growing, Proposal, Proposals, Proposer, joined
 from workers.pruning import applied
 from workers.ranking import Plan
 from workers.spectrum import Spectrum, decompose
@@ -44,6 +44,8 @@ PATIENCE = 2
 STRIDE = 4
 FEWEST_JUDGED = 24
 FINALISTS = 2
+# Of a pass's search, told as progress: the part that plans of growing size take.
+GROWING_SHARE = 0.6
 # What is returned must not have fewer answers right than the base, at this p. A harm is to be ruled out, not proved.
 HARM = 0.1
 # A pass that still lowered the loss by this fraction suggests that another would pay.
@@ -201,9 +203,7 @@ class Search:
 
             refused: list[Proposal] = []
             if self.proposer.nested:
-                allowed = self._within_bound(proposed, proposals, refused)
-                singles = list(self._allowed(proposals.singles, []))
-                trials = self._try_nested(singles, allowed, len(proposed), current, on_trial)
+                trials = self._try_nested(proposals, current, on_trial, refused)
             else:
                 trials = self._try_all(self._allowed(proposed, refused), len(proposed), current, on_trial)
             candidates += [trial.report(current) for trial in trials]
@@ -224,13 +224,6 @@ class Search:
         judged = [[at[row] for row in track.judge] for track in self.tracks]
         return choose_by_accuracy(trials, current, judged, len(self.all_tracks))
 
-    def _within_bound(
-        self, grid: Sequence[Proposal], proposals: Proposals, refused: list[Proposal]
-    ) -> Iterable[Proposal]:
-        if self.bound is None or proposals.of_size is None:
-            return grid
-        return self.bound.within(grid, proposals.of_size, self._result_with, refused)
-
     def _allowed(self, proposed: Sequence[Proposal], refused: list[Proposal]) -> Iterator[Proposal]:
         for proposal in proposed:
             if self.bound is None or self.bound.allows(self._result_with(proposal)):
@@ -243,36 +236,60 @@ class Search:
 
     def _try_nested(
         self,
-        singles: Sequence[Proposal],
-        nested: Iterable[Proposal],
-        most: int,
+        proposals: Proposals,
         current: Outcome,
         on_trial: Callable[[float, str], None],
+        refused: list[Proposal],
     ) -> list[Trial]:
-        """Judge single components and plans of growing size, first on a few of the examples, the finalists on all."""
+        """Judge single components and plans of growing size, first on a few of the examples, the finalists on all.
+        `refused` gets what is over the bound."""
         few = self._few()
         rest = sorted(set(self.judged) - set(few))
-        on_trial(0.0, f"trying without {len(singles)} components, each by itself")
-        alone = [self._trial(proposal, few) for proposal in singles]
+        on_trial(0.0, f"trying without {len(proposals.singles)} components, each by itself")
+        alone = [self._trial(proposal, few) for proposal in self._allowed(proposals.singles, [])]
         grown: list[Trial] = []
-        steps = most + FINALISTS
-        for k, proposal in enumerate(nested):
-            on_trial(min(k, most) / steps, f"trying without {proposal.description}")
-            grown.append(self._trial(proposal, few))
-            best = max(range(len(grown)), key=lambda j: grown[j].gain(current))
-            if grown[best].gain(current) > 0 and len(grown) - 1 - best >= PATIENCE:
-                break
+        lists = len(proposals.lists)
+        for k, growing in enumerate(proposals.lists):
+
+            def on_size(fraction: float, message: str, k: int = k) -> None:
+                on_trial(GROWING_SHARE * (k + fraction) / lists, message)
+
+            grown += self._grow(growing, few, current, on_size, refused)
         trials = [*alone, *grown]
         helpful = [max(some, key=lambda trial: trial.gain(current)) for some in (alone, grown) if some]
         if len(helpful) == 2 and all(trial.gain(current) > 0 for trial in helpful):
-            both = list(self._allowed([joined(helpful[0].proposal, helpful[1].proposal)], []))
-            trials += [self._trial(proposal, few) for proposal in both]
+            both = joined(helpful[0].proposal, helpful[1].proposal)
+            trials += [self._trial(proposal, few) for proposal in self._allowed([both], [])]
         finalists = sorted(trials, key=lambda trial: -trial.gain(current))[:FINALISTS] if rest else []
         for k, trial in enumerate(finalists):
-            on_trial((most + k) / steps, f"judging {trial.proposal.description} on all examples")
+            done = GROWING_SHARE + (1 - GROWING_SHARE) * k / FINALISTS
+            on_trial(done, f"judging {trial.proposal.description} on all examples")
             at = time.perf_counter()
             trial.outcome = completed(trial.outcome, self._judge(trial.plans, rest))
             trial.seconds += time.perf_counter() - at
+        return trials
+
+    def _grow(
+        self,
+        growing: Growing,
+        few: Sequence[int],
+        current: Outcome,
+        on_size: Callable[[float, str], None],
+        refused: list[Proposal],
+    ) -> list[Trial]:
+        """Judge plans of growing size on a few examples, a little beyond the best."""
+        allowed: Iterable[Proposal] = growing.candidates
+        over: list[Proposal] = []
+        if self.bound is not None:
+            allowed = self.bound.within(growing.candidates, growing.of_size, self._result_with, over)
+        trials: list[Trial] = []
+        for k, proposal in enumerate(allowed):
+            on_size(min(k / len(growing.candidates), 1.0), f"trying without {proposal.description}")
+            trials.append(self._trial(proposal, few))
+            best = max(range(len(trials)), key=lambda j: trials[j].gain(current))
+            if trials[best].gain(current) > 0 and len(trials) - 1 - best >= PATIENCE:
+                break
+        refused += over
         return trials
 
     def _few(self) -> list[int]:

@@ -209,7 +209,7 @@ def _candidates(cell: Cell, method: str, report: PassReport) -> list[CandidateRo
             base_loss=candidate.base_loss,
             predicted_loss=candidate.predicted_loss,
             loss=candidate.loss,
-            chosen=candidate.size == report.chosen,
+            chosen=report.accepted and (candidate.size, candidate.loss) == (report.chosen, report.loss),
         )
         for candidate in report.candidates
     ]
