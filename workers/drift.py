@@ -28,6 +28,7 @@ from workers.ranking import Plan
 from workers.search import Subject
 
 PARAGRAPH_TOKENS = 64
+BATCH_TOKENS = 256
 # Positions whose distributions are compared at once: a few tensors of (positions, vocabulary) beside the logits.
 CHUNK = 64
 
@@ -82,8 +83,10 @@ class NeutralText:
                 unmasked text is compared, and rows are not padded, since it makes its own positions.
         """
         self._subject = subject
-        # Two models' logits are held at once.
-        layout = replace(subject.layout, answers=max(1, subject.layout.answers // 2))
+        # Small batches: two models' logits are held at once, and memory shall not end here where it did for no example.
+        layout = subject.layout
+        tokens, answers = min(layout.tokens, BATCH_TOKENS), max(1, layout.answers // 2)
+        layout = replace(layout, tokens=tokens, answers=answers)
         device = next(subject.model.parameters()).device
         if masked:
             found = [replace(batch, position_ids=None) for one in encoded for batch in batches([one], layout)]
