@@ -70,7 +70,7 @@ def test_nothing_is_ranked_where_all_effects_are_equal_zero_or_helpful() -> None
         ranking = rank({"m": a})
         assert len(ranking) == 0
         assert ranking.first(10) == Plan()
-        assert sizes(len(ranking)) == []
+        assert sizes(ranking, 1.0) == []
 
 
 def test_no_effects_at_all_are_an_empty_ranking() -> None:
@@ -158,18 +158,26 @@ def test_by_moderated_t_what_is_certain_and_small_comes_later() -> None:
     assert len(rank({}).moderated()) == 0
 
 
+def ranking_of(n: int, fall: float) -> Ranking:
+    """n candidates, each of which is predicted to lower the loss by `fall`."""
+    ramp = torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None] * 1e-3
+    return rank({"m": (ramp + fall).repeat(1, n)} if n else {})
+
+
 def test_sizes_double_up_to_all_there_are() -> None:
-    assert sizes(100) == [16, 32, 64, 100]
-    assert sizes(64) == [16, 32, 64]
-    assert sizes(65) == [16, 32, 64, 65]
-    assert sizes(3) == [3]
-    assert sizes(1) == [1]
-    assert sizes(0) == []
+    for n, expected in ((100, [16, 32, 64, 100]), (64, [16, 32, 64]), (65, [16, 32, 64, 65]), (3, [3]), (1, [1])):
+        assert sizes(ranking_of(n, 0.001), 10.0) == expected
+    assert sizes(rank({}), 1.0) == []
 
 
-@given(n=st.integers(0, 100_000))
-def test_whatever_the_ranking_sizes_ascend_within_it(n: int) -> None:
-    grid = sizes(n)
+def test_sizes_begin_smaller_where_a_few_components_are_predicted_to_gain_much() -> None:
+    assert sizes(ranking_of(50, 0.021), 1.0) == [10, 20, 40, 50]  # ten of them first gain a fifth of the loss
+    assert sizes(ranking_of(50, 0.3), 1.0) == [1, 2, 4, 8, 16, 32, 50]
+
+
+@given(n=st.integers(0, 3000), fall=st.floats(1e-6, 10), loss=st.floats(0, 50))
+def test_whatever_the_ranking_sizes_ascend_within_it(n: int, fall: float, loss: float) -> None:
+    grid = sizes(ranking_of(n, fall), loss)
     assert all(1 <= size <= n for size in grid)
     assert grid == sorted(set(grid))
     assert (grid[-1] == n) if n else not grid

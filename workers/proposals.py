@@ -120,12 +120,12 @@ class Components:
             for (name, i), fall in islice(doubtful.items(), SINGLES)
         ]
         believed = [r.without(set(doubtful)) for r in ranked]
-        lists = [self._growing(believed, "by t")]
+        lists = [self._growing(believed, loss, "by t")]
         if len(believed[-1]):
-            lists.append(self._growing([r.moderated() for r in believed], "by moderated t"))
+            lists.append(self._growing([r.moderated() for r in believed], loss, "by moderated t"))
         return Proposals(lists=lists, singles=singles)
 
-    def _growing(self, ranked: Sequence[Ranking], order: str) -> Growing:
+    def _growing(self, ranked: Sequence[Ranking], loss: float, order: str) -> Growing:
         result = ranked[-1]
 
         def first(n: int, track: int) -> Plan:
@@ -135,7 +135,7 @@ class Components:
             words = f"{n} component{'s' * (n > 1)} {order}"
             return Proposal(words, n, float(result.predicted[n - 1]), partial(first, n))
 
-        return Growing([of_size(n) for n in sizes(len(result))], of_size)
+        return Growing([of_size(n) for n in sizes(result, loss)], of_size)
 
 
 def for_every_track(plan: Plan, track: int) -> Plan:

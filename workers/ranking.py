@@ -22,6 +22,7 @@ from torch import Tensor
 # in no longer list: of one that was to gain 3.8 of 6.2 removal cost 6.7, and spoilt every plan that it was in.
 CREDIBLE = 0.1
 SMALLEST = 16
+FIRST_STEP = 0.2
 # Components with a t beyond this tell what a usual standard error is.
 CERTAIN = 2.0
 
@@ -139,14 +140,16 @@ def rank(effects: Mapping[str, Tensor], rows: Sequence[int] | None = None, remov
     return Ranking(modules, torch.cat(owners)[order], torch.cat(index)[order], t, torch.cat(means)[order])
 
 
-def sizes(most: int, smallest: int = SMALLEST) -> list[int]:
-    """How many of `most` components the candidate plans remove: a geometric grid from `smallest` by factors of two.
+def sizes(ranking: Ranking, loss: float) -> list[int]:
+    """How many components the candidate plans remove: a geometric grid by factors of two, from the first few that are
+    predicted to lower the mean loss by a part of it, `SMALLEST` at most.
 
     What first order predicts does not end it. Its sum is far off long before the loss rises again (the best of a pass
     may be predicted to fall by several times the loss), so the search goes on while the loss falls.
     """
+    most = len(ranking)
     grid = []
-    n = smallest
+    n = min(int((ranking.predicted < FIRST_STEP * loss).sum()) + 1, SMALLEST)
     while n < most:
         grid.append(n)
         n *= 2

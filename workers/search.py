@@ -44,6 +44,8 @@ PATIENCE = 2
 STRIDE = 4
 FEWEST_JUDGED = 24
 FINALISTS = 2
+# The second of them, if its gain on those is this part of the first's.
+CLOSE = 0.9
 # Of a pass's search, told as progress: the part that plans of growing size take.
 GROWING_SHARE = 0.6
 # What is returned must not have fewer answers right than the base, at this p. A harm is to be ruled out, not proved.
@@ -260,8 +262,9 @@ class Search:
         if len(helpful) == 2 and all(trial.gain(current) > 0 for trial in helpful):
             both = joined(helpful[0].proposal, helpful[1].proposal)
             trials += [self._trial(proposal, few) for proposal in self._allowed([both], [])]
-        finalists = sorted(trials, key=lambda trial: -trial.gain(current))[:FINALISTS] if rest else []
-        for k, trial in enumerate(finalists):
+        ordered = sorted(trials, key=lambda trial: -trial.gain(current))[:FINALISTS] if rest else []
+        finalists = [trial for trial in ordered if trial.gain(current) >= CLOSE * ordered[0].gain(current)]
+        for k, trial in enumerate(finalists or ordered[:1]):
             done = GROWING_SHARE + (1 - GROWING_SHARE) * k / FINALISTS
             on_trial(done, f"judging {trial.proposal.description} on all examples")
             at = time.perf_counter()
@@ -287,7 +290,7 @@ class Search:
             on_size(min(k / len(growing.candidates), 1.0), f"trying without {proposal.description}")
             trials.append(self._trial(proposal, few))
             best = max(range(len(trials)), key=lambda j: trials[j].gain(current))
-            if trials[best].gain(current) > 0 and len(trials) - 1 - best >= PATIENCE:
+            if len(trials) - 1 - best >= PATIENCE:
                 break
         refused += over
         return trials
