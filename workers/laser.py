@@ -27,7 +27,7 @@ import numpy as np
 from torch import Tensor
 
 from service.strategies import LaserOptions
-from workers.proposals import Proposal, Proposals, for_every_track
+from workers.proposals import Proposal, Proposals
 from workers.ranking import Plan
 from workers.targets import Target
 from workers.truncation import tail
@@ -62,8 +62,12 @@ class Laser:
             size = plan.union(plans[-1]).size - plans[-1].size
             if size:
                 description = f"{target.name} kept to {100 * retention:g} %"
-                found.append((target.name, Proposal(description, size, None, partial(for_every_track, plan))))
+                found.append((target.name, Proposal(description, size, None, partial(_for_every_track, plan))))
         if self.compose == 1:
             return Proposals([[proposal for _, proposal in found]])
         rounds = [[proposal for _, proposal in group] for _, group in groupby(found, key=lambda named: named[0])]
         return Proposals(rounds or [[]], most_kept=self.compose)
+
+
+def _for_every_track(plan: Plan, track: int) -> Plan:
+    return plan

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from workers.ranking import Plan, Ranking, Single, rank, sizes
+from workers.ranking import Plan, Ranking, rank, sizes
 from workers.targets import Target
 
 T = TypeVar("T")
@@ -111,15 +111,17 @@ class Components:
         return rank(effects, rows, removed)
 
     def propose(self, ranked: Sequence[Ranking], plans: Sequence[Plan], loss: float) -> Proposals:
-        doubtful: dict[Single, float] = {}
-        for ranking in reversed(ranked):  # the result's go first, with its own prediction
-            for single, fall in ranking.doubtful(loss).items():
-                doubtful.setdefault(single, fall)
+        doubtful = [r.doubtful(loss) for r in ranked]
+        believed = [r.without(own) for r, own in zip(ranked, doubtful, strict=True)]
+
+        def single(k: int, track: int) -> Plan:
+            """The k-th of those that the track does not believe; nothing where it has no so many."""
+            return Plan({name: (i,) for name, i in islice(doubtful[track], k, k + 1)})
+
         singles = [
-            Proposal(f"component {i} of {name}", 1, fall, partial(for_every_track, Plan({name: (i,)})))
-            for (name, i), fall in islice(doubtful.items(), SINGLES)
+            Proposal(f"component {i} of {name}", 1, fall, partial(single, k))
+            for k, ((name, i), fall) in enumerate(islice(doubtful[-1].items(), SINGLES))
         ]
-        believed = [r.without(set(doubtful)) for r in ranked]
         lists = [self._growing(believed, loss, "by t")]
         if len(believed[-1]):
             lists.append(self._growing([r.moderated() for r in believed], loss, "by moderated t"))
@@ -136,8 +138,3 @@ class Components:
             return Proposal(words, n, float(result.predicted[n - 1]), partial(first, n))
 
         return Growing([of_size(n) for n in sizes(result, loss)], of_size)
-
-
-def for_every_track(plan: Plan, track: int) -> Plan:
-    """An addition that is the same for all tracks, whatever they have been ranked by."""
-    return plan
