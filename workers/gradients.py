@@ -69,15 +69,22 @@ class _Recorder:
 
     def on_input(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Forward pre-hook."""
-        self.called = True
+        self._note_call(inputs[0])
         return (_Tap.apply(inputs[0], inputs[0], self), *inputs[1:])  # type: ignore[no-untyped-call]
 
     def on_output(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """Forward hook."""
-        self.called = True
+        self._note_call(inputs[0])
         value = output if self.spectrum.side == "out" else inputs[0].detach()
         tapped: Tensor = _Tap.apply(output, value, self)  # type: ignore[no-untyped-call]
         return tapped
+
+    def _note_call(self, X: Tensor) -> None:
+        """Tokens may be regrouped, by experts say, and no longer belong to rows; DeBERTa projects embeddings of
+        distances by the same module, to which no gradient goes, and they would be missed."""
+        self.called = True
+        R, T = self.rows.numel(), self.tokens
+        self.unattributable |= X.shape[:-1] not in ((R, T), (R * T,))
 
     def attach(self, module: nn.Module) -> RemovableHandle:
         """Hook the side of the module that the components' basis is of; the output for a row block, since what the
@@ -93,6 +100,8 @@ class _Recorder:
             value: X or Y, (R, T, width) or (R T, width).
             gradient: dX or D, of the same shape; D for a row block.
         """
+        if self.unattributable:
+            return
         started = time.perf_counter()
         rows = self.target.rows
         if rows is not None:
@@ -104,11 +113,6 @@ class _Recorder:
         if self.spectrum.side == "out" and self.bias is not None:
             value = value - self.bias
         R = self.rows.numel()
-        if value.shape[:-1] not in ((R, self.tokens), (R * self.tokens,)):
-            # Tokens were regrouped, by experts say, and no longer belong to rows; or DeBERTa projects embeddings of
-            # distances by the same module.
-            self.unattributable = True
-            return
         self.reached = True
         basis = self.spectrum.basis.to(_wide_enough(value))
         P = gradient.reshape(R, -1, gradient.shape[-1]).to(basis.dtype) @ basis
