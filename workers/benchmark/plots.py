@@ -26,11 +26,16 @@ FREE = {"base": "--", "majority": ":"}
 """Methods without cost: a line, not a point on a logarithmic axis."""
 
 
+# Of the reliability plot's axis. What is predicted to gain more than the loss itself several times over is not to be
+# told apart any more.
+FARTHEST_PREDICTION = 4.0
+
+
 def write_plots(records: Records) -> None:
     """Write `accuracy_by_cost.png` and, if a search tried anything, `reliability.png`."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - of the extra `bench`; slow to import
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(9, 6.6), layout="constrained")
     draw_costs(figure.subplots(), records.rows())
     _save(figure, records.folder / "accuracy_by_cost.png")
     candidates = records.candidates()
@@ -44,6 +49,7 @@ def draw_costs(axes: Axes, rows: Sequence[Row]) -> None:
     """Metric against FB: a small point for each task, its mean over seeds, and a large one for the mean over tasks."""
     from matplotlib.ticker import LogLocator  # noqa: PLC0415
 
+    every = len({row.task for row in rows})
     styles = zip(COLOURS * 2, MARKERS * 2, strict=True)
     for method in methods_of(rows):
         mine = [row for row in rows if row.method == method]
@@ -57,7 +63,9 @@ def draw_costs(axes: Axes, rows: Sequence[Row]) -> None:
         costs = [float(np.mean([row.fb for row in mine if row.task == task])) for task in tasks]
         axes.scatter(costs, heights, s=22, color=colour, marker=marker, alpha=0.45, linewidths=0)
         cost = float(np.mean([row.fb for row in mine]))
-        axes.scatter([cost], [height], s=170, color=colour, marker=marker, edgecolors="black", label=label(method))
+        # A mean over other tasks than the rest is not to be compared with theirs: it says of how many it is.
+        named = label(method) if len(tasks) == every else f"{label(method)} ({len(tasks)} of {every} tasks)"
+        axes.scatter([cost], [height], s=150, color=colour, marker=marker, edgecolors="black", label=named)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter("{x:g}")
@@ -67,7 +75,7 @@ def draw_costs(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_ylabel("test accuracy; exact match where there are no choices")
     axes.set_title("small: one task, mean over seeds; large: mean over tasks")
     axes.grid(alpha=0.3)
-    axes.legend(loc="best", framealpha=0.9)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
 
 
 @dataclass(frozen=True)
@@ -107,14 +115,15 @@ def draw_reliability(axes: Axes, candidates: Sequence[CandidateRow]) -> None:
         edgecolors="black",
         label="accepted",
     )
-    low, high = -1.0, max([1.0, *(fall.predicted for fall in falls)])
-    axes.plot([low, high], [low, high], color="0.4", linestyle="--", label="as predicted")
+    low, high = -1.0, FARTHEST_PREDICTION
+    beyond = sum(fall.predicted > high or fall.actual < low for fall in falls)
+    axes.plot([low, 1.0], [low, 1.0], color="0.4", linestyle="--", label="as predicted")
     axes.axhline(0, color="0.7", linewidth=0.8)
     axes.set_ylim(low, 1.05)
-    axes.set_xlim(-0.1, high * 1.05)
+    axes.set_xlim(-0.1, high)
     axes.set_xlabel("predicted fall in loss, over the loss before the pass")
-    axes.set_ylabel("actual fall, likewise (below -1 not shown)")
-    axes.set_title(f"{len(falls):,} plans tried on the selection split")
+    axes.set_ylabel("actual fall, likewise")
+    axes.set_title(f"{len(falls):,} plans tried on the selection split; {beyond:,} lie outside of the picture")
     axes.grid(alpha=0.3)
     axes.legend(loc="best", framealpha=0.9)
 
