@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from service.errors import UnusableModel
-from service.jobs import JobSpec, Stage
+from service.jobs import Example, JobSpec, PromptFormat, Stage
 from service.masks import check_masks
 from service.models import Model
 from service.reports import Report, SkippedModule, Verification
@@ -124,14 +124,19 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
 
 
 def _encode(spec: JobSpec, base: Checkpoint, context: int | None) -> Splits:
-    encode_split = masked.encode if base.masked else encode
     examples, validation, test = (
-        None
-        if split is None
-        else encode_split(split, base.tokenizer, prompt_format=spec.prompt_format, context=context, name=name)
+        None if split is None else encode_for(base, split, prompt_format=spec.prompt_format, context=context, name=name)
         for name, split in (("examples", spec.examples), ("validation", spec.validation), ("test", spec.test))
     )
     return divide(examples or [], validation, test, spec.seed)
+
+
+def encode_for(
+    base: Checkpoint, examples: Sequence[Example], *, prompt_format: PromptFormat, context: int | None, name: str
+) -> list[Encoded]:
+    """Tokenise examples as the model takes them: the completion behind the prompt, or at its mask."""
+    encode_split = masked.encode if base.masked else encode
+    return encode_split(examples, base.tokenizer, prompt_format=prompt_format, context=context, name=name)
 
 
 def layout_for(base: Checkpoint, encoded: Sequence[Encoded]) -> Layout:

@@ -163,7 +163,15 @@ def write_model(
     for path in sorted(base.folder.iterdir()):
         if path.suffix in COPIED_SUFFIXES and path.is_file():
             shutil.copyfile(path, folder / path.name)
-    owners = _tensor_owners(base, changed)
+    owners = _tensor_owners(base, changed)  # by their content: before the plan is applied
+    with applied(targets, spectra, plan):
+        _write_shards(folder, base, owners, changed)
+
+
+def _write_shards(
+    folder: Path, base: Checkpoint, owners: Mapping[str, tuple[str, str]], changed: Mapping[str, Target]
+) -> None:
+    """The base's weight files, with the weights as they stand in the model for those that are changed."""
     for shard in weight_files(base.folder):
         mine = {name: key for name, (file, key) in owners.items() if file == shard.name}
         if not mine:
@@ -172,10 +180,9 @@ def write_model(
         with safe_open(shard, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
             metadata = opened.metadata()
-        with applied(targets, spectra, plan):
-            for name, key in mine.items():
-                new = changed[name].module.get_parameter("weight").detach()
-                tensors[key] = new.to("cpu", tensors[key].dtype, copy=True).contiguous()
+        for name, key in mine.items():
+            new = changed[name].module.get_parameter("weight").detach()
+            tensors[key] = new.to("cpu", tensors[key].dtype, copy=True).contiguous()
         _save(tensors, folder / shard.name, metadata)
 
 

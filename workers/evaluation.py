@@ -172,7 +172,7 @@ def honours_tree_mask(model: nn.Module, encoded: Sequence[Encoded]) -> bool:
     branchiest = max(encoded, key=lambda e: sum(len(c) - 1 for c in e.continuations))
     longest = max((e for e in encoded if e.closed), key=_row_length, default=branchiest)
     device = next(model.parameters()).device
-    tolerance = TREE_TOLERANCE if _wide(model) else 0.25
+    tolerance = layout_tolerance(model)
 
     def run(batch: Batch) -> Tensor:
         return score(model, batch.to(device)).log_probabilities
@@ -188,13 +188,14 @@ def honours_tree_mask(model: nn.Module, encoded: Sequence[Encoded]) -> bool:
     return True
 
 
+def layout_tolerance(model: nn.Module) -> float:
+    """By how much a log-probability may differ between two layouts of the same row."""
+    return TREE_TOLERANCE if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.25
+
+
 def _row_length(example: Encoded) -> int:
     """Tokens of the example's packed row, or a few more."""
     return len(example.prompt) + sum(map(len, example.continuations))
-
-
-def _wide(model: nn.Module) -> bool:
-    return next(model.parameters()).dtype in (torch.float32, torch.float64)
 
 
 # --- what is reported -------------------------------------------------------------------------------------------
@@ -237,10 +238,14 @@ def differences(base: Outcome, adapted: Outcome, seed: int) -> list[Difference]:
 
 
 def _of_hits(metric: Any, base: Array, adapted: Array, seed: int) -> Difference:
-    gained, lost = int(((adapted == 1) & (base == 0)).sum()), int(((adapted == 0) & (base == 1)).sum())
     low, high = _interval(adapted - base, seed)
-    p = mcnemar_p(gained, lost)
+    p = mcnemar_p(*changes(base, adapted))
     return Difference(metric=metric, value=float((adapted - base).mean()), low=low, high=high, p=p)
+
+
+def changes(base: Array, other: Array) -> tuple[int, int]:
+    """Of hits, (N,) 0 or 1: how many examples are gained, right with the other model only, and how many lost."""
+    return int(((other == 1) & (base == 0)).sum()), int(((other == 0) & (base == 1)).sum())
 
 
 def mcnemar_p(gained: int, lost: int) -> float:

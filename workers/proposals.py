@@ -102,7 +102,8 @@ class Proposer(Protocol[T]):
 
 
 class Components:
-    """Singular components of all targets in one list by t; the first n go, n on a growing grid (METHOD 4)."""
+    """Singular components of all targets in one list, by t and by moderated t; the first n of either go, n on a growing
+    grid (METHOD 4). Those whose predicted fall is not believed are in neither and are tried by themselves."""
 
     nested = True
     by_effects = True

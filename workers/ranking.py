@@ -21,8 +21,9 @@ from torch import Tensor
 # A component of which first order predicts that the loss falls by more than this share of it is tried by itself and is
 # in no longer list: of one that was to gain 3.8 of 6.2 removal cost 6.7, and spoilt every plan that it was in.
 CREDIBLE = 0.1
-SMALLEST = 16
+# Sizes begin where this share of the loss is predicted to go, with so many components at most.
 FIRST_STEP = 0.2
+SMALLEST = 16
 # Components with a t beyond this tell what a usual standard error is.
 CERTAIN = 2.0
 
@@ -76,7 +77,7 @@ class Ranking:
         certain = errors[self.t > CERTAIN]
         s0 = certain.median() if certain.numel() else 0.0
         order = (self.fall / (errors + s0)).argsort(descending=True, stable=True)
-        return Ranking(self.modules, self.module[order], self.component[order], self.t[order], self.fall[order])
+        return self._only(order)
 
     def doubtful(self, loss: float) -> dict[Single, float]:
         """Components, in order, whose fall is too large a share of the mean loss to be believed, and that fall."""
@@ -87,7 +88,11 @@ class Ranking:
         """The ranking without some components."""
         named = zip(self.module.tolist(), self.component.tolist(), strict=True)
         kept = torch.tensor([(self.modules[m], i) not in left_out for m, i in named], dtype=torch.bool)
-        return Ranking(self.modules, self.module[kept], self.component[kept], self.t[kept], self.fall[kept])
+        return self._only(kept)
+
+    def _only(self, which: Tensor) -> Ranking:
+        """Some of the candidates: (k,) int64 in the order wanted, or (n,) bool."""
+        return Ranking(self.modules, self.module[which], self.component[which], self.t[which], self.fall[which])
 
     def first(self, n: int) -> Plan:
         """The plan that removes the first n."""

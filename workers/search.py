@@ -26,7 +26,7 @@ from service.errors import UnusableModel
 from service.jobs import Objective, Stage
 from service.reports import Candidate, PassReport
 from workers.bounds import DriftBound
-from workers.evaluation import Outcome, evaluate, mcnemar_p, paired_p
+from workers.evaluation import Outcome, evaluate, paired_p
 from workers.examples import Encoded, Layout
 from workers.gradients import Effects, effects
 from workers.prefixes import Prefixes
@@ -36,7 +36,7 @@ from workers.pruning import applied
 from workers.ranking import Plan
 from workers.spectrum import Spectrum, decompose
 from workers.targets import Target
-from workers.trials import OUTCOME_FIELDS, Choice, Trial, choose_by_accuracy, choose_by_loss, completed
+from workers.trials import OUTCOME_FIELDS, Choice, Trial, choose_by_accuracy, choose_by_loss, completed, harms
 
 # Sizes tried beyond the best so far before a pass ends: the loss is not always convex in the size.
 PATIENCE = 2
@@ -48,8 +48,6 @@ FINALISTS = 2
 CLOSE = 0.9
 # Of a pass's search, told as progress: the part that plans of growing size take.
 GROWING_SHARE = 0.6
-# What is returned must not have fewer answers right than the base, at this p. A harm is to be ruled out, not proved.
-HARM = 0.1
 # A pass that still lowered the loss by this fraction suggests that another would pay.
 STILL_FALLING = 0.02
 
@@ -156,7 +154,7 @@ class Search:
         right than the base's, by more than chance. The loss may fall while a model collapses to one answer, and the
         next pass may mend that, so it ends no search; but what is returned shall not have it."""
         k = min(passes, len(self.plans) - 1)
-        while k and self.proposer.nested and _harms(self.outcomes[0], self.outcomes[k]):
+        while k and self.proposer.nested and harms(self.outcomes[0], self.outcomes[k]):
             k -= 1
         return k
 
@@ -396,19 +394,6 @@ class Search:
                 prefixes.record(subject.objective)
             recorded = self._recorded[id(track)] = (track.plan, prefixes)
         return recorded[1]
-
-
-def _harms(base: Outcome, other: Outcome) -> bool:
-    """Whether fewer answers are right, over the choices or to the letter, by a one-sided McNemar test."""
-    pairs = [(base.exact, other.exact)]
-    closed = ~np.isnan(base.correct)
-    if closed.any():
-        pairs.append((base.correct[closed], other.correct[closed]))
-    for before, after in pairs:
-        gained, lost = int(((after == 1) & (before == 0)).sum()), int(((after == 0) & (before == 1)).sum())
-        if lost > gained and mcnemar_p(gained, lost) / 2 < HARM:
-            return True
-    return False
 
 
 def _with_refused(reason: str, trials: Sequence[Trial], refused: Sequence[Proposal]) -> str:

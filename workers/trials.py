@@ -9,13 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from service.reports import Candidate
-from workers.evaluation import Outcome, paired_p
+from workers.evaluation import Outcome, changes, mcnemar_p, paired_p
 from workers.proposals import Proposal
 from workers.ranking import Plan
 
 # A pass is accepted if the paired, one-sided t-test on the selection losses gives a p below this. The best of several
 # plans is tested, but they are nested and fare alike, and what is accepted here is tested again on the test split.
 SIGNIFICANCE = 0.05
+# What is returned must not have fewer answers right than the base, at this p. A harm is to be ruled out, not proved.
+HARM = 0.1
 Rows = npt.NDArray[np.intp]
 OUTCOME_FIELDS = ("loss", "exact", "predicted", "correct")
 
@@ -94,6 +96,16 @@ def choose_by_loss(trials: Sequence[Trial], current: Outcome, tracks: int) -> Ch
     else:
         reason = f"the best candidate's fall in selection loss is not significant (p = {p:.3f})"
     return Choice([None] * tracks, current, p, reason)
+
+
+def harms(base: Outcome, other: Outcome) -> bool:
+    """Whether fewer answers are right, over the choices or to the letter, by a one-sided McNemar test."""
+    closed = ~np.isnan(base.correct)
+    for before, after in ((base.exact, other.exact), (base.correct[closed], other.correct[closed])):
+        gained, lost = changes(before, after)
+        if lost > gained and mcnemar_p(gained, lost) / 2 < HARM:
+            return True
+    return False
 
 
 def choose_by_accuracy(

@@ -15,13 +15,12 @@ from service import jsonl
 from service.errors import InvalidInput
 from service.jobs import Objective, PromptFormat
 from service.models import Model
-from workers import masked
-from workers.adaptation import layout_for
+from workers.adaptation import encode_for, layout_for
 from workers.benchmark.tasks import Split
 from workers.checkpoints import Checkpoint, load
 from workers.drift import NeutralText, encode_neutral, paragraphs
 from workers.evaluation import Outcome, evaluate, losses, score
-from workers.examples import Batch, Encoded, Layout, batches, encode
+from workers.examples import Batch, Encoded, Layout, batches
 from workers.search import Subject
 from workers.spectrum import Spectrum, SpectrumCache
 from workers.targets import Target, find_targets
@@ -103,12 +102,8 @@ def encode_split(bench: Bench, split: Split) -> Encodings:
     """
     try:
         gradient, selection, test = (
-            (masked.encode if bench.base.masked else encode)(
-                examples,
-                bench.base.tokenizer,
-                prompt_format=PromptFormat.TEXT,
-                context=bench.model.context_length,
-                name=name,
+            encode_for(
+                bench.base, examples, prompt_format=PromptFormat.TEXT, context=bench.model.context_length, name=name
             )
             for name, examples in (("examples", split.gradient), ("validation", split.selection), ("test", split.test))
         )

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from service.jobs import Example
 from workers.adaptation import layout_for
 from workers.benchmark.cells import OBJECTIVE, Cell
-from workers.evaluation import TREE_TOLERANCE, Outcome, evaluate, score
+from workers.evaluation import Outcome, evaluate, layout_tolerance, score
 from workers.examples import Encoded, Layout, Tokenizer, batches, special_prefix
 
 SHOTS = 8
@@ -169,5 +169,4 @@ def agree(prefixed: Prefixed, behind: Sequence[Encoded], joined: Sequence[Encode
             (prefixed.model, joined[longest], False),
         )
     )
-    wide = short.dtype == torch.float64 or next(prefixed.parameters()).dtype == torch.float32
-    return bool((short - long).abs().max() <= (TREE_TOLERANCE if wide else 0.25))
+    return bool((short - long).abs().max() <= layout_tolerance(prefixed))

@@ -22,7 +22,7 @@ from workers.benchmark.plots import write_plots
 from workers.benchmark.records import Records, Row, Run
 from workers.benchmark.tables import write_tables
 from workers.benchmark.tasks import Sizes, Split, Task, split
-from workers.evaluation import Array, Outcome, mcnemar_p, metrics
+from workers.evaluation import Array, Outcome, changes, mcnemar_p, metrics
 
 PACKAGES = ("compress-to-impress", "torch", "transformers", "peft", "numpy", "scipy")
 
@@ -131,8 +131,8 @@ def make_row(cell: Cell, method: str, measured: Measured) -> Row:
     """The row of a method on a cell."""
     finite = np.isfinite(measured.outcome.loss)  # a majority has no loss, a broken model an infinite one
     found = metrics(replace(measured.outcome, loss=np.where(finite, measured.outcome.loss, 0.0)), cell.rows.test)
-    gained, lost = _changes(_hits(cell.base), _hits(measured.outcome))
-    exact_gained, exact_lost = _changes(cell.base.exact, measured.outcome.exact)
+    gained, lost = changes(_hits(cell.base), _hits(measured.outcome))
+    exact_gained, exact_lost = changes(cell.base.exact, measured.outcome.exact)
     hits = _hits(measured.outcome)
     interval = stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
     return Row(
@@ -172,11 +172,6 @@ def _hits(outcome: Outcome) -> Array:
     """0 or 1 in the metric: over the rows with choices, or exact match where none has any."""
     closed = ~np.isnan(outcome.correct)
     return outcome.correct[closed] if closed.any() else outcome.exact
-
-
-def _changes(base: Array, other: Array) -> tuple[int, int]:
-    """Rows gained and lost."""
-    return int(((other == 1) & (base == 0)).sum()), int(((other == 0) & (base == 1)).sum())
 
 
 def _line(row: Row) -> str:
