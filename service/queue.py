@@ -95,10 +95,15 @@ class JobQueue:
 
     # --- what clients do -----------------------------------------------------------------------------------------
 
-    def create(self, job_id: str, spec: JobSpec) -> Job:
-        """Store the record and queue the job, both or neither. Its input must be stored already."""
+    def create(self, job_id: str, spec: JobSpec, owner: str = "") -> Job:
+        """Store the record and queue the job, both or neither. Its input must be stored already.
+
+        Args:
+            owner: the ID of the key that submits it; empty where no keys are in use.
+        """
         record = {
             "id": job_id,
+            "owner": owner,
             "status": JobStatus.QUEUED.value,
             "model": spec.model,
             "strategy": spec.strategy.value,
