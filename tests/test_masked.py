@@ -222,7 +222,7 @@ def test_one_mask_is_scored_as_transformers_own_pipeline_scores_it(architecture:
     pool = encoded(folder, [Example(prompt=prompt, completion=" yes", choices=[" yes", " no"])])
     assert [len(answer) for answer in pool[0].continuations] == [1, 1]
     found = score(model, next(batches(pool, FLAT))).log_probabilities[0].exp().tolist()
-    told = FillMaskPipeline(model, tokenizer)(prompt, top_k=len(tokenizer))
+    told = FillMaskPipeline(model, tokenizer)(prompt, top_k=model.config.vocab_size)
     by_token = {one["token"]: one["score"] for one in told}
     assert found == pytest.approx([by_token[answer[0]] for answer in pool[0].continuations], rel=1e-4)
 
