@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ class Clock:
     ranking: float = 0.0
     searching: float = 0.0
     fb: float = 0.0
+    now: Callable[[], float] = time.perf_counter
 
 
 class OnProgress(Protocol):

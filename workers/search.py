@@ -13,7 +13,6 @@ effects are per example.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -133,9 +132,9 @@ class Search:
 
     def run(self, passes: int, on_step: OnStep) -> None:
         """Up to `passes` passes; the first that is not accepted is the last."""
-        started = time.perf_counter()
+        started = self.clock.now()
         self.outcomes = [self._judge([track.plan for track in self.tracks], self.judged)]
-        self.clock.searching += time.perf_counter() - started
+        self.clock.searching += self.clock.now() - started
         if not np.isfinite(self.outcomes[0].loss).all():
             raise UnusableModel(f"in {self.subject.dtype} its loss on some examples is not finite", param="model")
         for number in range(1, passes + 1):
@@ -159,22 +158,22 @@ class Search:
         return k
 
     def _one_pass(self, number: int, current: Outcome, on_step: OnStep) -> tuple[PassReport, Outcome]:
-        began = time.perf_counter()
+        began = self.clock.now()
         before, size_before = current, self.result.plan.size
         loss = float(before.loss.mean())
         ranked = self._rank(number, on_step)
-        started = time.perf_counter()
+        started = self.clock.now()
         proposals = self.proposer.propose(ranked, [track.plan for track in self.all_tracks], loss)
-        decomposing = time.perf_counter()
+        decomposing = self.clock.now()
         self.subject = self.subject.with_targets(proposals.blocks)
-        decomposed = time.perf_counter() - decomposing
+        decomposed = self.clock.now() - decomposing
         self.clock.decomposing += decomposed
 
         candidates, choices = self._rounds(proposals, current, partial(on_step, Stage.SEARCHING, number))
         current = choices[-1].outcome
         kept = [choice for choice in choices if choice.kept is not None]
         fall = loss - float(current.loss.mean())
-        self.clock.searching += time.perf_counter() - started - decomposed
+        self.clock.searching += self.clock.now() - started - decomposed
         report = PassReport(
             number=number,
             base_loss=loss,
@@ -185,7 +184,7 @@ class Search:
             accepted=bool(kept),
             reason="; ".join(choice.reason for choice in kept or choices[-1:]),
             still_falling=fall > STILL_FALLING * loss,
-            seconds=time.perf_counter() - began,
+            seconds=self.clock.now() - began,
         )
         return report, current
 
@@ -265,9 +264,9 @@ class Search:
         for k, trial in enumerate(finalists or ordered[:1]):
             done = GROWING_SHARE + (1 - GROWING_SHARE) * k / FINALISTS
             on_trial(done, f"judging {trial.proposal.description} on all examples")
-            at = time.perf_counter()
+            at = self.clock.now()
             trial.outcome = completed(trial.outcome, self._judge(trial.plans, rest))
-            trial.seconds += time.perf_counter() - at
+            trial.seconds += self.clock.now() - at
         return trials
 
     def _grow(
@@ -309,8 +308,8 @@ class Search:
 
     def _trial(self, proposal: Proposal, rows: Collection[int]) -> Trial:
         plans = [track.plan.union(proposal.addition(k)) for k, track in enumerate(self.tracks)]
-        at = time.perf_counter()
-        return Trial(proposal, plans, self._judge(plans, rows), time.perf_counter() - at)
+        at = self.clock.now()
+        return Trial(proposal, plans, self._judge(plans, rows), self.clock.now() - at)
 
     def _rank(self, number: int, on_step: OnStep) -> list[Any]:
         """What the strategy makes of each track, the result's last."""
@@ -324,18 +323,18 @@ class Search:
             found = shared
             if found is None and self.proposer.by_effects:
                 rows, found = track.fit, self._backward(track.fit, track.plan, on_batch)
-            started = time.perf_counter()
+            started = self.clock.now()
             on_step(Stage.RANKING, number, 0.0, f"pass {number}: ranking")
             position = {row: k for k, row in enumerate(rows)}
             by_target = {} if found is None else found.by_module
             ranked.append(self.proposer.rank(by_target, [position[row] for row in track.fit], track.plan))
-            self.clock.ranking += time.perf_counter() - started
+            self.clock.ranking += self.clock.now() - started
         return ranked
 
     def _backward(self, rows: Sequence[int], plan: Plan, on_batch: Callable[[float], None]) -> Effects:
         """The effects on some of the pool's examples, of the model without the plan's components."""
         subject = self.subject
-        started = time.perf_counter()
+        started = self.clock.now()
         with applied(subject.targets, subject.spectra, plan):
             found, self.unreached = effects(
                 subject.model,
@@ -346,7 +345,7 @@ class Search:
                 subject.layout,
                 on_batch=on_batch,
             )
-        self.clock.backward += time.perf_counter() - started
+        self.clock.backward += self.clock.now() - started
         self.clock.fb = self.clock.fb or found.fb_seconds
         return found
 

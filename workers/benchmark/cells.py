@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from service.errors import InvalidInput
 from service.jobs import Objective, PromptFormat
 from service.models import Model
 from workers.adaptation import encode_for, layout_for
+from workers.benchmark.clock import now
 from workers.benchmark.tasks import Split
 from workers.checkpoints import Checkpoint, load
 from workers.drift import NeutralText, encode_neutral, paragraphs
@@ -89,9 +89,9 @@ class Cell:
 
     def test(self) -> tuple[Outcome, float]:
         """The model as it stands on the test split, and the seconds that took."""
-        started = time.perf_counter()
+        started = now()
         outcome = evaluate(self.bench.base.model, self.rows.test, OBJECTIVE, self.layout)
-        return outcome, time.perf_counter() - started
+        return outcome, now() - started
 
 
 def encode_split(bench: Bench, split: Split) -> Encodings:
@@ -122,9 +122,9 @@ def prepare(bench: Bench, task: str, seed: int, rows: Encodings, fb_seconds: flo
     subject = Subject(bench.base.model, bench.targets, bench.spectra, OBJECTIVE, layout, bench.decompose)
     if fb_seconds is None:
         fb_seconds = measure_fb(bench.base.model, rows.gradient, layout)
-    started = time.perf_counter()
+    started = now()
     base = evaluate(bench.base.model, rows.test, OBJECTIVE, layout)
-    return Cell(task, seed, bench, rows, subject, fb_seconds, base, time.perf_counter() - started)
+    return Cell(task, seed, bench, rows, subject, fb_seconds, base, now() - started)
 
 
 def measure_fb(model: nn.Module, rows: Sequence[Encoded], layout: Layout) -> float:
@@ -137,9 +137,9 @@ def measure_fb(model: nn.Module, rows: Sequence[Encoded], layout: Layout) -> flo
         handle = embeddings.register_forward_hook(lambda *call: call[2].requires_grad_(True))
         try:
             _forward_backward(model, laid_out[:1])
-            started = time.perf_counter()
+            started = now()
             _forward_backward(model, laid_out)
-            return time.perf_counter() - started
+            return now() - started
         finally:
             handle.remove()
 

@@ -7,7 +7,6 @@ a model does not take a cache that way (a sliding window, a recurrence), every r
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from service.jobs import Example
 from workers.adaptation import layout_for
 from workers.benchmark.cells import OBJECTIVE, Cell
+from workers.benchmark.clock import now
 from workers.evaluation import Outcome, evaluate, layout_tolerance, score
 from workers.examples import Encoded, Layout, Tokenizer, batches, special_prefix
 
@@ -46,7 +46,7 @@ def prompt_with_examples(cell: Cell, examples: Sequence[Example]) -> Prompted:
     Args:
         examples: the gradient split.
     """
-    started = time.perf_counter()
+    started = now()
     base, rows = cell.bench.base, cell.rows.test
     special = special_prefix(base.tokenizer)
     shots, context = _fitting(
@@ -60,7 +60,7 @@ def prompt_with_examples(cell: Cell, examples: Sequence[Example]) -> Prompted:
     else:
         prefixed = None
         outcome = evaluate(base.model, joined, OBJECTIVE, layout_for(base, joined))
-    return Prompted(outcome, shots, prefixed is not None, time.perf_counter() - started)
+    return Prompted(outcome, shots, prefixed is not None, now() - started)
 
 
 def balanced(examples: Sequence[Example], count: int, seed: int) -> list[Example]:

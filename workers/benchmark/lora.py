@@ -7,7 +7,6 @@ selection split; the untrained base is among those compared. The loss is that of
 from __future__ import annotations
 
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from service.errors import UnusableModel
 from workers.benchmark.cells import OBJECTIVE, Cell, frozen
+from workers.benchmark.clock import now
 from workers.evaluation import Outcome, evaluate, losses, score
 from workers.examples import batches
 from workers.progress import folder_bytes
@@ -60,7 +60,7 @@ class Trained:
 
 def train(cell: Cell, learning_rate: float = LEARNING_RATE) -> Trained:
     """Train, choose the epoch, test, and leave the base model as it was."""
-    started = time.perf_counter()
+    started = now()
     model, selection = cell.bench.base.model, cell.rows.selection
     with _adapter(model, cell.seed) as adapted:
         trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
@@ -73,7 +73,7 @@ def train(cell: Cell, learning_rate: float = LEARNING_RATE) -> Trained:
         with torch.no_grad():
             for parameter, value in zip(trained, states[epoch], strict=True):
                 parameter.copy_(value)
-        seconds = time.perf_counter() - started
+        seconds = now() - started
         outcome, test_seconds = cell.test()
         drift = cell.bench.neutral.measure()
         size = _saved_bytes(adapted) if epoch else 0

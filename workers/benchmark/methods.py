@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from service.reports import PassReport
 from service.strategies import C2IOptions, LaserOptions
 from workers.benchmark import fewshot, lora
 from workers.benchmark.cells import OBJECTIVE, Cell
+from workers.benchmark.clock import now
 from workers.benchmark.records import CandidateRow
 from workers.checkpoints import write_adapter
 from workers.evaluation import Outcome, evaluate
@@ -153,9 +153,10 @@ def components(cell: Cell, passes: Sequence[int]) -> Measurement:
     to the bit, so that it answers for fewer too."""
     pool, track = _pool(cell)
     search = Search(cell.subject, pool, [track], track)
-    started = time.perf_counter()
+    search.clock.now = now
+    started = now()
     search.run(max(passes), _silent)
-    seconds = time.perf_counter() - started
+    seconds = now() - started
     before_passes = seconds - sum(report.seconds for report in search.passes)
     tested: dict[int, Measured] = {}
     by_method: dict[str, Measured] = {}
@@ -174,10 +175,10 @@ def _removal(cell: Cell, subject: Subject, plan: Plan, passes: int) -> Measured:
     Args:
         subject: knows the row blocks that the plan touches.
     """
-    started = time.perf_counter()
+    started = now()
     with applied(subject.targets, subject.spectra, plan):
         outcome = evaluate(subject.model, cell.rows.test, OBJECTIVE, cell.layout)
-    test_seconds = time.perf_counter() - started
+    test_seconds = now() - started
     parameters = size = 0
     if plan.size:
         with tempfile.TemporaryDirectory() as name:
@@ -221,9 +222,10 @@ def grid_search(cell: Cell, strategy: str) -> Measurement:
     options = LaserOptions(sample=LASER_SAMPLE) if strategy == "laser" else C2I
     pool, track = _pool(cell)
     search = make_search(cell.subject, pool, [track], track, options, cell.seed)
-    started = time.perf_counter()
+    search.clock.now = now
+    started = now()
     search.run(1, _silent)
-    seconds = time.perf_counter() - started
+    seconds = now() - started
     (report,) = search.passes
     measured = _removal(cell, search.subject, search.plans[-1], int(report.accepted))
     tried = len(report.candidates)
