@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.division import CROSS_FIT_BELOW, FOLDS
 from service.errors import InvalidInput
 from workers.examples import Encoded
-from workers.splits import CROSS_FIT_BELOW, FOLDS, Splits, deal_folds, divide
+from workers.splits import Splits, deal_folds, divide
 
 
 def example(i: int, label: str = "x") -> Encoded:

@@ -7,20 +7,19 @@ cross-fitted over folds, and where no test split was brought either, the estimat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
+from service import division
+from service.division import FOLDS
 from service.errors import InvalidInput
 from service.jobs import MIN_EXAMPLES
 from service.reports import SplitSizes
 from workers.examples import Encoded
 from workers.search import Track
-
-CROSS_FIT_BELOW = 60
-FOLDS = 4
 
 
 @dataclass(frozen=True)
@@ -61,18 +60,12 @@ def divide(
             param="examples",
         )
 
-    if validation is None and len(examples) >= CROSS_FIT_BELOW:
-        if test is None:
-            examples, validation, test = _split(examples, (0.4, 0.3, 0.3), seed)
-        else:
-            examples, validation = _split(examples, (0.5, 0.5), seed)
-    elif validation is not None and test is None:
-        if len(validation) >= CROSS_FIT_BELOW:
-            validation, test = _split(validation, (0.5, 0.5), seed)
-        elif len(examples) >= CROSS_FIT_BELOW:
-            examples, test = _split(examples, (0.7, 0.3), seed)
-        else:
-            examples, validation = [*examples, *validation], None
+    rule = division.divide(len(examples), _count(validation), _count(test))
+    if rule.cross_fit:
+        examples, validation = [*examples, *(validation or ())], None
+    parts = {**_split(examples, rule.examples, seed), **_split(validation or (), rule.validation, seed)}
+    examples = parts.get("gradient", examples)
+    validation, test = parts.get("selection", validation), parts.get("test", test)
 
     n = len(examples)
     if validation is not None:
@@ -92,6 +85,10 @@ def divide(
     return Splits(list(examples), tracks, Track(list(range(n)), []), list(test or ()), sizes)
 
 
+def _count(items: Sequence[Encoded] | None) -> int | None:
+    return None if items is None else len(items)
+
+
 def _different(items: Sequence[Encoded]) -> list[Encoded]:
     first: dict[object, Encoded] = {}
     for item in items:
@@ -99,11 +96,13 @@ def _different(items: Sequence[Encoded]) -> list[Encoded]:
     return list(first.values())
 
 
-def _split(items: Sequence[Encoded], fractions: Sequence[float], seed: int) -> list[list[Encoded]]:
+def _split(items: Sequence[Encoded], fractions: Mapping[str, float], seed: int) -> dict[str, list[Encoded]]:
     """Shuffle by `seed` and divide by `fractions`, which sum to 1; each part in the original order."""
     order = np.random.default_rng(seed).permutation(len(items))
-    bounds = np.round(np.cumsum([0.0, *fractions]) * len(items)).astype(int)
-    return [[items[i] for i in sorted(order[a:b])] for a, b in pairwise(bounds)]
+    bounds = np.round(np.cumsum([0.0, *fractions.values()]) * len(items)).astype(int)
+    return {
+        name: [items[i] for i in sorted(order[a:b])] for name, (a, b) in zip(fractions, pairwise(bounds), strict=True)
+    }
 
 
 def deal_folds(labels: Sequence[str], folds: int, seed: int) -> list[int]:

@@ -26,12 +26,13 @@ Figures are of the test split, which no method has seen: means over tasks and se
 *Metric* is accuracy over the choices; exact match where a task has none, marked with °. ± is the standard deviation
 over seeds, in the first table of the mean over tasks. *Gain* is over the base on the same cells, *of LoRA's* that gain
 as a share of LoRA's on the cells that have both. *Better/worse*: tasks on which the method differs from the base
-significantly, in the metric and in exact match (p < .05, McNemar's exact test, two-sided, the rows of all seeds pooled;
-the test splits of two seeds may share rows). Intervals: 95 %, Wilson, the rows of all seeds pooled. *Parameters* and
-*bytes* are those of the adapter. *Seconds* and *FB* are the cost of adapting, the test left out; a second is one of computing on the mean of the threads,
-which other processes on the machine do not lengthen. Few-shot prompting adapts nothing and pays with every answer: its
-cost is that of the test split behind the context, to be held against the base's *test s*, the seconds of the test
-split. One FB is one forward and backward over the gradient split, measured for each cell in the same run.
+significantly, in the metric and in exact match (p < .05, McNemar's exact test, two-sided, the rows of all seeds
+pooled; the test splits of two seeds may share rows). Intervals: 95 %, Wilson, the rows of all seeds pooled.
+*Parameters* and *bytes* are those of the adapter. *Seconds* and *FB* are the cost of adapting, the test left out; a
+second is one of computing on the mean of the threads, which other processes on the machine do not lengthen. Few-shot
+prompting adapts nothing and pays with every answer: its cost is that of the test split behind the context, to be held
+against the base's *test s*, the seconds of the test split. One FB is one forward and backward over the gradient split,
+measured for each cell in the same run.
 """
 
 
