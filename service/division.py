@@ -37,8 +37,7 @@ def divide(examples: int, validation: int | None, test: int | None) -> Division:
         return Division(validation={"selection": 0.5, "test": 0.5})
     if examples < CROSS_FIT_BELOW:
         return Division(cross_fit=True)
-    if validation is not None:
-        split = {"gradient": 0.4, "selection": 0.3, "test": 0.3}
+    split = {"gradient": 0.4, "selection": 0.3, "test": 0.3}
     if validation is not None:
         split = {"gradient": 0.7, "test": 0.3}
     elif test is not None:
