@@ -1,4 +1,4 @@
-"""`c2i`: serve, submit, watch, report, download, cancel, models; the workers' commands join by entry points.
+"""`c2i`: serve, submit, watch, report, download, cancel, models, keys; the workers' commands join by entry points.
 
 Exit codes: 0 done; 1 the job failed or was cancelled, or an internal error; 2 what was asked for is wrong;
 3 the service, Redis or the disk does not answer.
@@ -23,6 +23,7 @@ from service import jsonl
 from service.client import WAIT_SECONDS, Client
 from service.errors import C2IError, InternalError, InvalidInput, Unavailable
 from service.jobs import Difference, Job, JobEvent, JobStatus, Objective, PromptFormat
+from service.keys_cli import keys_app
 from service.reports import Metrics, Report
 from service.settings import Settings
 from service.strategies import Strategy, read_options
@@ -45,6 +46,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="The installed models; with no command, a list of them.", pretty_exceptions_enable=False)
 app.add_typer(models_app, name="models", invoke_without_command=True)
+app.add_typer(keys_app, name="keys")
 console = Console()
 errors = Console(stderr=True)
 
@@ -56,17 +58,13 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of models, artifacts and the embedded Redis.")] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes; 0 serves the API alone.")] = None,
-    insecure_public: Annotated[
-        bool | None,
-        typer.Option("--insecure-public", help="Allow an address that others reach: there are no keys yet."),
-    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON with the URL when ready.")] = False,
 ) -> None:
     """Serve the API with its workers, and an embedded Redis unless REDIS_URL is set."""
     from service.server import serve as run  # noqa: PLC0415 - the other commands need no server
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    settings = Settings.load(host=host, port=port, data=data, workers=workers, insecure_public=insecure_public)
+    settings = Settings.load(host=host, port=port, data=data, workers=workers)
 
     def announce(url: str) -> None:
         ready = {"url": url, "data": str(settings.data)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -19,12 +20,15 @@ WAIT_SECONDS = 20
 
 
 class Client:
-    """One service at one URL."""
+    """One service at one URL, with the API key of C2I_KEY where there is one: arguments are no place for a secret."""
 
     def __init__(self, url: str) -> None:
         self._url = url
+        headers = {"Authorization": f"Bearer {key}"} if (key := _key()) else {}
         try:
-            self._http = httpx.Client(base_url=url, timeout=httpx.Timeout(30, read=60), follow_redirects=False)
+            self._http = httpx.Client(
+                base_url=url, headers=headers, timeout=httpx.Timeout(30, read=60), follow_redirects=False
+            )
         except httpx.InvalidURL:
             raise InvalidInput("no URL; it is like http://127.0.0.1:8000", param="url") from None
 
@@ -71,6 +75,8 @@ class Client:
             if not file["path"].startswith(prefixes):
                 continue
             target = folder / file["path"]
+            if not file["url"].startswith("/v1/"):  # the key is sent with it
+                raise InternalError("the service names a file on another server; nothing more is fetched")
             if not target.resolve().is_relative_to(folder.resolve()):
                 raise InternalError("the service names a file outside of the job's folder; nothing more is fetched")
             if not (target.is_file() and _sha256(target) == file["sha256"]):
@@ -108,6 +114,13 @@ class Client:
     def _unreachable(self, error: httpx.TransportError) -> Unavailable:
         reason = "does not answer in time" if isinstance(error, httpx.TimeoutException) else "is not reachable"
         return Unavailable(f"{self._url} {reason}. Start the service with `c2i serve`, or name another with --url.")
+
+
+def _key() -> str:
+    key = os.environ.get("C2I_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise InvalidInput("not a key; it is like c2i_ and 43 letters and digits", param="C2I_KEY")
+    return key
 
 
 def _error(response: httpx.Response) -> C2IError:

@@ -13,6 +13,8 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from redis import Redis
@@ -23,6 +25,7 @@ from redis.retry import Retry
 from service.errors import Conflict, Unavailable
 from service.processes import Child
 from service.queue import socket_url
+from service.settings import Settings
 
 # The kernel's limit for a socket's path is 108 bytes with the closing zero.
 MAX_SOCKET_BYTES = 107
@@ -162,3 +165,37 @@ class EmbeddedRedis:
             else:
                 client.close()
                 return
+
+
+@contextmanager
+def reach_redis(settings: Settings) -> Iterator[str]:
+    """The URL of the Redis that a service with these settings uses, whether it runs or not.
+
+    Without REDIS_URL that is the embedded one: of the `c2i serve` that runs, else started for the moment.
+
+    Raises:
+        Conflict: another process has the data folder and its Redis does not answer.
+        Unavailable: there is no server to start.
+    """
+    if settings.redis_url is not None:
+        yield settings.redis_url
+        return
+    server = EmbeddedRedis(settings.data)
+    if _answers(server.url):
+        yield server.url
+        return
+    try:
+        server.start()
+        yield server.url
+    finally:
+        server.stop()
+
+
+def _answers(url: str) -> bool:
+    with Redis.from_url(url, socket_timeout=5, retry=Retry(NoBackoff(), 0)) as client:
+        try:
+            return bool(client.ping())
+        except BusyLoadingError:
+            return True
+        except RedisError:
+            return False

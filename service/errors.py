@@ -3,6 +3,8 @@
     C2IError                      code             HTTP  retryable
     ├── InvalidInput              invalid_request   422
     │   └── UnusableModel         unusable_model    422
+    ├── Unauthenticated           unauthenticated   401
+    ├── Forbidden                 forbidden         403
     ├── UnsupportedMediaType      wrong_content_type 415
     ├── PayloadTooLarge           payload_too_large 413
     ├── NotFound                  not_found         404
@@ -52,6 +54,20 @@ class UnusableModel(InvalidInput):
     """The model exists and is refused: only pickle weights, remote code, an architecture without targets ..."""
 
     code = "unusable_model"
+
+
+class Unauthenticated(C2IError):
+    """No API key, or one that is unknown, expired or revoked."""
+
+    code = "unauthenticated"
+    status = 401
+
+
+class Forbidden(C2IError):
+    """The API key lacks the scope that this needs."""
+
+    code = "forbidden"
+    status = 403
 
 
 class UnsupportedMediaType(C2IError):

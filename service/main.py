@@ -15,11 +15,13 @@ from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 
 from service.artifacts import ArtifactStore
-from service.errors import C2IError
+from service.errors import C2IError, Unauthenticated
 from service.jobs import JobSpec
+from service.keys import KeyStore
 from service.queue import JobQueue, connect
 from service.reaper import Reaper
 from service.routes import files, health, jobs, models
+from service.routes.authentication import document_keys
 from service.routes.dependencies import Service, translate
 from service.settings import Settings
 
@@ -28,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 def create_app(settings: Settings, redis_url: str) -> FastAPI:
     """The API over one data folder and one Redis."""
-    service = Service(settings, JobQueue(connect(redis_url), settings.job_ttl), ArtifactStore(settings.artifacts))
+    redis = connect(redis_url)
+    service = Service(settings, JobQueue(redis, settings.job_ttl), ArtifactStore(settings.artifacts), KeyStore(redis))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -60,6 +63,8 @@ def _respond(request: Request, error: Exception) -> JSONResponse:
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     if ours.retryable:
         headers["Retry-After"] = "2"
+    if isinstance(ours, Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(ours.body(), ours.status, headers)
 
 
@@ -70,5 +75,6 @@ def _document(app: FastAPI) -> dict[str, Any]:
         body = JobSpec.model_json_schema(ref_template="#/components/schemas/{model}")
         schema["components"]["schemas"].update(body.pop("$defs"))
         schema["components"]["schemas"]["JobSpec"] = body
+        document_keys(schema, in_force=app.state.service.settings.keys_in_force)
         app.openapi_schema = schema
     return app.openapi_schema

@@ -1,6 +1,7 @@
 """Jobs in Redis: the one module that knows its keys.
 
     c2i:jobs                      sorted set of all job IDs, which sort by time of creation
+    c2i:jobs:owned                sorted set of OWNER:ID, those of jobs that were submitted with an API key
     c2i:active                    set of the IDs that are not terminal
     c2i:job:ID                    hash: the record
     c2i:job:ID:events             stream: what happened to it
@@ -21,6 +22,7 @@ import secrets
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from typing import Any, cast
 from urllib.parse import quote
 
@@ -44,6 +46,9 @@ LEASE_SECONDS = 12
 MAX_CRASHES = 3
 MAX_EVENTS = 1_000
 OLDEST_REDIS = (6, 2)
+OWNED = "c2i:jobs:owned"
+# Index entries whose records are looked for in one round trip.
+PRUNE_BATCH = 500
 
 Record = dict[str, str]
 Change = Callable[[Record, Pipeline], None]
@@ -93,7 +98,7 @@ class JobQueue:
         if tuple(map(int, version.split(".")[:2])) < OLDEST_REDIS:
             raise Unavailable(f"Redis {version} is too old; 6.2 or newer is needed")
 
-    # --- what clients do -----------------------------------------------------------------------------------------
+    # --- what clients do: an `owner` sees its own jobs alone, None sees all ---------------------------------------
 
     def create(self, job_id: str, spec: JobSpec, owner: str = "") -> Job:
         """Store the record and queue the job, both or neither. Its input must be stored already.
@@ -123,6 +128,8 @@ class JobQueue:
                     pipe.multi()
                     pipe.hset(_job_key(job_id), mapping=cast(Any, record))
                     pipe.zadd("c2i:jobs", {job_id: 0})
+                    if owner:
+                        pipe.zadd(OWNED, {f"{owner}:{job_id}": 0})
                     pipe.sadd("c2i:active", job_id)
                     self._deliver(record, pipe)
                     self._add_event(record, pipe, "status", "queued")
@@ -132,44 +139,46 @@ class JobQueue:
                 break
         return self.get(job_id)
 
-    def get(self, job_id: str) -> Job:
+    def get(self, job_id: str, owner: str | None = None) -> Job:
         """The job as clients see it.
 
         Raises:
-            JobNotFound: there is none, or it has expired.
+            JobNotFound: there is none, it has expired, or it belongs to another.
         """
-        record = self._record(job_id)
+        record = self._record(job_id, owner)
         if record["status"] == JobStatus.QUEUED:
             ahead = self.redis.lpos(self.deliveries.key, _delivery_id(record))
             return _job(record, queue_position=1 if ahead is None else int(cast(int, ahead)) + 1)
         return _job(record)
 
-    def status(self, job_id: str) -> JobStatus:
+    def status(self, job_id: str, owner: str | None = None) -> JobStatus:
         """The status alone, cheaply."""
-        status = cast(bytes | None, self.redis.hget(_job_key(job_id), "status"))
-        if status is None:
+        status, theirs = cast(list[bytes | None], self.redis.hmget(_job_key(job_id), "status", "owner"))
+        if status is None or owner not in (None, (theirs or b"").decode()):
             raise _not_found(job_id)
         return JobStatus(status.decode())
 
-    def list_jobs(self, limit: int, after: str | None = None) -> list[Job]:
+    def list_jobs(self, limit: int, after: str | None = None, owner: str | None = None) -> list[Job]:
         """Jobs from the newest to the oldest, at most `limit`, older than the job `after`."""
         found: list[Job] = []
-        newest = f"({after}" if after else "+"
+        index, prefix = ("c2i:jobs", "") if owner is None else (OWNED, f"{owner}:")
+        # "~" sorts behind whatever an ID is made of.
+        newest = f"({prefix}{after or '~'}"
         while len(found) < limit:
-            ids = cast(list[bytes], self.redis.zrevrangebylex("c2i:jobs", newest, "-", 0, limit - len(found)))
-            if not ids:
+            entries = cast(list[bytes], self.redis.zrevrangebylex(index, newest, f"[{prefix}", 0, limit - len(found)))
+            if not entries:
                 break
-            newest = f"({ids[-1].decode()}"
-            for job_id in ids:
+            newest = f"({entries[-1].decode()}"
+            for entry in entries:
                 try:
-                    found.append(self.get(job_id.decode()))
+                    found.append(self.get(entry.decode().removeprefix(prefix), owner))
                 except JobNotFound:
-                    self.redis.zrem("c2i:jobs", job_id)  # expired
+                    self.redis.zrem(index, entry)  # expired
         return found
 
-    def events(self, job_id: str, after: str | None = None) -> list[JobEvent]:
+    def events(self, job_id: str, after: str | None = None, owner: str | None = None) -> list[JobEvent]:
         """What happened to the job, oldest first, later than the event `after`."""
-        self.status(job_id)
+        self.status(job_id, owner)
         entries = cast(
             list[tuple[bytes, dict[bytes, bytes]]],
             self.redis.xrange(_events_key(job_id), f"({after}" if after else "-", "+"),
@@ -179,7 +188,7 @@ class JobQueue:
             for event_id, fields in entries
         ]
 
-    def cancel(self, job_id: str) -> Job:
+    def cancel(self, job_id: str, owner: str | None = None) -> Job:
         """Stop a job: at once where it is queued, else by asking its worker. Twice is as good as once.
 
         Raises:
@@ -196,10 +205,10 @@ class JobQueue:
             elif record["status"] in (JobStatus.SUCCEEDED, JobStatus.FAILED):
                 raise Conflict(f"the job has {record['status']} already; there is nothing to cancel")
 
-        self._change(job_id, change)
+        self._change(job_id, change, owner)
         return self.get(job_id)
 
-    def delete(self, job_id: str) -> None:
+    def delete(self, job_id: str, owner: str | None = None) -> None:
         """Forget a terminal job.
 
         Raises:
@@ -213,8 +222,9 @@ class JobQueue:
                 )
             pipe.delete(_job_key(job_id), _events_key(job_id))
             pipe.zrem("c2i:jobs", job_id)
+            pipe.zrem(OWNED, f"{record.get('owner', '')}:{job_id}")
 
-        self._change(job_id, change)
+        self._change(job_id, change, owner)
 
     # --- what workers do -----------------------------------------------------------------------------------------
 
@@ -373,17 +383,28 @@ class JobQueue:
         """Whether there is a record."""
         return bool(self.redis.exists(_job_key(job_id)))
 
+    def prune(self) -> None:
+        """Remove from the indexes what has expired: its owner may never list it."""
+        for index in ("c2i:jobs", OWNED):
+            entries = (entry for entry, _ in self.redis.zscan_iter(index, count=PRUNE_BATCH))
+            while batch := list(islice(entries, PRUNE_BATCH)):
+                with self.redis.pipeline(transaction=False) as pipe:
+                    for entry in batch:
+                        pipe.exists(_job_key(entry.decode().rpartition(":")[2]))
+                    gone = [entry for entry, there in zip(batch, pipe.execute(), strict=True) if not there]
+                if gone:
+                    self.redis.zrem(index, *gone)
+
     # --- keys and transactions -----------------------------------------------------------------------------------
 
-    def _change(self, job_id: str, change: Change) -> None:
+    def _change(self, job_id: str, change: Change, owner: str | None = None) -> None:
         """One transaction on a record: `change` sees it and queues commands, or raises and nothing happens."""
         with self.redis.pipeline() as pipe:
             while True:
                 try:
                     pipe.watch(_job_key(job_id))
                     record = _decode(cast(dict[bytes, bytes], pipe.hgetall(_job_key(job_id))))
-                    if not record:
-                        raise _not_found(job_id)
+                    _check_found(record, job_id, owner)
                     pipe.multi()
                     change(record, pipe)
                     pipe.execute()
@@ -433,10 +454,9 @@ class JobQueue:
     def _read(self, job_id: str) -> Record:
         return _decode(cast(dict[bytes, bytes], self.redis.hgetall(_job_key(job_id))))
 
-    def _record(self, job_id: str) -> Record:
+    def _record(self, job_id: str, owner: str | None) -> Record:
         record = self._read(job_id)
-        if not record:
-            raise _not_found(job_id)
+        _check_found(record, job_id, owner)
         return record
 
 
@@ -498,6 +518,11 @@ def _check_attempt(record: Record, attempt: int, expected: JobStatus) -> None:
         raise Conflict(
             f"attempt {attempt} is out of date: the job is {record['status']} in attempt {record['attempt']}"
         )
+
+
+def _check_found(record: Record, job_id: str, owner: str | None) -> None:
+    if not record or owner not in (None, record.get("owner")):
+        raise _not_found(job_id)
 
 
 def _not_found(job_id: str) -> JobNotFound:

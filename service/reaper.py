@@ -67,6 +67,7 @@ class Reaper(threading.Thread):
 
     def clean(self) -> None:
         """Remove workspaces of attempts that are over, and files of jobs that have expired."""
+        self._queue.prune()
         running = self._queue.running()
         for job_id, attempt in self._store.workspaces() - running:
             self._store.clear_workspace(job_id, attempt)

@@ -29,6 +29,7 @@ def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT; `on_ready` is told the URL once requests are answered.
 
     Raises:
+        InvalidInput: API keys are required and there is none.
         Conflict: the port or the data folder is in use.
         Unavailable: no Redis, or no worker could run.
     """
@@ -48,6 +49,8 @@ def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
             redis_url = redis.url
         app = create_app(settings, redis_url)
         app.state.service.queue.check()
+        if settings.keys_in_force:
+            app.state.service.keys.check_any_usable()
         workers = [_worker(number, settings, redis_url) for number in range(1, settings.workers + 1)]
         # All are told to stop before any is waited for, and all are gone before Redis stops.
         for worker in workers:

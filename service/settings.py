@@ -7,7 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.jobs import invalid_input
@@ -31,8 +31,13 @@ class Settings(BaseSettings):
     """An external Redis or Valkey, 6.2 or newer; without it an embedded one is started."""
     job_ttl: timedelta = timedelta(days=30)
     """How long a finished job's record and artifacts are kept."""
-    insecure_public: bool = False
-    """Serve on a public address although there are no keys yet: everyone who reaches it may use it."""
+    require_keys: bool = False
+    """Ask for API keys on loopback too, behind a proxy say; on any other address they are always asked for."""
+
+    @property
+    def keys_in_force(self) -> bool:
+        """Whether a request needs an API key."""
+        return self.require_keys or not is_loopback(self.host)
 
     @property
     def models(self) -> Path:
@@ -70,16 +75,6 @@ class Settings(BaseSettings):
     @classmethod
     def _empty_is_none(cls, url: str | None) -> str | None:
         return url or None
-
-    @model_validator(mode="after")
-    def _refuse_public(self) -> Self:
-        if not self.insecure_public and not is_loopback(self.host):
-            raise ValueError(
-                f"refusing to listen on {self.host}: there are no API keys yet, so everyone who reaches that "
-                "address could use the service. Listen on 127.0.0.1 behind a proxy that authenticates, or say "
-                "--insecure-public (C2I_INSECURE_PUBLIC=1)."
-            )
-        return self
 
 
 def is_loopback(host: str) -> bool:

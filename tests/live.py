@@ -46,9 +46,10 @@ def spec(**changes: Any) -> dict[str, Any]:
 class Api:
     """The API in a thread of this process, on a free port."""
 
-    def __init__(self, data: Path, redis_url: str) -> None:
-        self.settings = Settings(data=data, workers=0)
+    def __init__(self, data: Path, redis_url: str, **changes: Any) -> None:
+        self.settings = Settings(data=data, workers=0, **changes)
         app = create_app(self.settings, redis_url)
+        self.app = app
         self.service = app.state.service
         self._server = uvicorn.Server(
             uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=1)

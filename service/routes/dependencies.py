@@ -23,6 +23,7 @@ from service.errors import (
     UnsupportedMediaType,
 )
 from service.jobs import field_path
+from service.keys import KeyStore
 from service.queue import JobQueue
 from service.settings import MAX_BODY_BYTES, Settings
 
@@ -34,6 +35,7 @@ class Service:
     settings: Settings
     queue: JobQueue
     store: ArtifactStore
+    keys: KeyStore
 
 
 async def _service(request: Request) -> Service:

@@ -14,6 +14,7 @@ from zipstream import ZipStream
 from service.errors import Conflict, InvalidInput, JobNotFound, NotFound
 from service.jobs import ArtifactFile, Job, JobStatus
 from service.reports import Report
+from service.routes.authentication import Caller, Reader
 from service.routes.dependencies import Service, TheService, documented
 from service.routes.jobs import JobId
 
@@ -44,23 +45,25 @@ class FileList(BaseModel):
 
 @router.get("/report", response_model=Report, responses=ERRORS)
 @router.head("/report", include_in_schema=False)
-def get_report(service: TheService, job_id: JobId, if_none_match: IfNoneMatch = None) -> Response:
+def get_report(caller: Reader, service: TheService, job_id: JobId, if_none_match: IfNoneMatch = None) -> Response:
     """`report.json`: what was gained on unseen examples, what was removed, tried and measured."""
-    return get_file(service, job_id, "report.json", if_none_match)
+    return get_file(caller, service, job_id, "report.json", if_none_match)
 
 
 @router.get("/files", responses=ERRORS)
-def list_files(service: TheService, job_id: JobId) -> FileList:
+def list_files(caller: Reader, service: TheService, job_id: JobId) -> FileList:
     """Every published file with its size and sha256."""
-    files = service.store.files(job_id, _finished(service, job_id).attempt)
+    files = service.store.files(job_id, _finished(caller, service, job_id).attempt)
     return FileList(data=[FileOut(**file.model_dump(), url=f"/v1/jobs/{job_id}/files/{file.path}") for file in files])
 
 
 @router.get("/files/{path:path}", response_class=FileResponse, responses=ERRORS)
 @router.head("/files/{path:path}", include_in_schema=False)
-def get_file(service: TheService, job_id: JobId, path: str, if_none_match: IfNoneMatch = None) -> Response:
+def get_file(
+    caller: Reader, service: TheService, job_id: JobId, path: str, if_none_match: IfNoneMatch = None
+) -> Response:
     """One file. `ETag` is its sha256; ranges, `If-Range` and `If-None-Match` are honoured."""
-    file = service.store.find(job_id, _finished(service, job_id).attempt, path)
+    file = service.store.find(job_id, _finished(caller, service, job_id).attempt, path)
     headers = {"ETag": f'"{file.sha256}"', "Cache-Control": "private, no-cache"}
     if _matches(if_none_match, file.sha256):
         return Response(status_code=304, headers=headers)
@@ -76,33 +79,33 @@ def get_file(service: TheService, job_id: JobId, path: str, if_none_match: IfNon
 
 @router.get("/adapter.zip", response_class=StreamingResponse, responses=ERRORS)
 @router.head("/adapter.zip", include_in_schema=False)
-def get_adapter(service: TheService, job_id: JobId, if_none_match: IfNoneMatch = None) -> Response:
+def get_adapter(caller: Reader, service: TheService, job_id: JobId, if_none_match: IfNoneMatch = None) -> Response:
     """The adapter's folder, as PEFT and LoRA servers load it, with the report."""
-    return _archive(service, job_id, "adapter", if_none_match)
+    return _archive(caller, service, job_id, "adapter", if_none_match)
 
 
 @router.get("/model.zip", response_class=StreamingResponse, responses=ERRORS)
 @router.head("/model.zip", include_in_schema=False)
-def get_model(service: TheService, job_id: JobId, if_none_match: IfNoneMatch = None) -> Response:
+def get_model(caller: Reader, service: TheService, job_id: JobId, if_none_match: IfNoneMatch = None) -> Response:
     """The whole adapted checkpoint, as `from_pretrained` loads it, with the report."""
-    return _archive(service, job_id, "model", if_none_match)
+    return _archive(caller, service, job_id, "model", if_none_match)
 
 
-def _finished(service: Service, job_id: str) -> Job:
-    job = service.queue.get(job_id)
+def _finished(caller: Caller, service: Service, job_id: str) -> Job:
+    job = service.queue.get(job_id, caller.sees)
     if job.status is not JobStatus.SUCCEEDED:
         raise Conflict(f"the job is {job.status.value}; only one that succeeded has artifacts")
     return job
 
 
-def _archive(service: Service, job_id: str, folder: str, if_none_match: str | None) -> Response:
+def _archive(caller: Caller, service: Service, job_id: str, folder: str, if_none_match: str | None) -> Response:
     """A zip made while it is sent: nothing is written to disk and its exact length is known before the first byte.
 
     Its members are stored and not deflated: weights do not shrink, and stored members have a known length.
     """
     files = [
         file
-        for file in service.store.files(job_id, _finished(service, job_id).attempt)
+        for file in service.store.files(job_id, _finished(caller, service, job_id).attempt)
         if file.path.startswith(f"{folder}/") or file.path == "report.json"
     ]
     if not any(file.path.startswith(f"{folder}/") for file in files):

@@ -22,6 +22,7 @@ from service.errors import (
 )
 from service.jobs import Job, JobEvent, JobSpec
 from service.queue import check_event_id, check_job_id, new_job_id
+from service.routes.authentication import Caller, Reader, Submitter
 from service.routes.dependencies import Service, TheService, documented
 from service.settings import MAX_BODY_BYTES
 
@@ -68,11 +69,11 @@ def body_schema() -> dict[str, Any]:
     responses=documented(InvalidInput, UnusableModel, ModelNotFound, PayloadTooLarge, UnsupportedMediaType),
     openapi_extra={"requestBody": body_schema()},
 )
-async def create_job(request: Request, response: Response, service: TheService) -> Job:
+async def create_job(caller: Submitter, request: Request, response: Response, service: TheService) -> Job:
     """Queue an adaptation. Everything that can be known without the model's weights is checked first."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise UnsupportedMediaType("the body must be JSON with `Content-Type: application/json`")
-    job = await run_in_threadpool(_create, service, await _read_body(request))
+    job = await run_in_threadpool(_create, service, caller, await _read_body(request))
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return job
 
@@ -102,30 +103,32 @@ def _too_large() -> PayloadTooLarge:
     return PayloadTooLarge(f"the body is over {MAX_BODY_BYTES:,} bytes; send fewer or shorter examples")
 
 
-def _create(service: Service, body: bytes) -> Job:
+def _create(service: Service, caller: Caller, body: bytes) -> Job:
     spec = JobSpec.parse_json(body)
     model = models.resolve(service.settings.models, spec.model)
     masks.check_masks(model, spec)
     lengths.check_lengths(model, spec)
     job_id = new_job_id()
     service.store.put_input(job_id, spec)
-    return service.queue.create(job_id, spec)
+    return service.queue.create(job_id, spec, caller.owner)
 
 
 @router.get("", responses=documented(InvalidInput))
 def list_jobs(
+    caller: Reader,
     service: TheService,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(pattern=r"^job_[0-9a-z]{20}$", description="`next` of a page.")] = None,
 ) -> JobList:
-    """All jobs, newest first."""
-    found = service.queue.list_jobs(limit + 1, after)
+    """Your jobs, newest first; an admin key sees everybody's."""
+    found = service.queue.list_jobs(limit + 1, after, caller.sees)
     page = found[:limit]
     return JobList(data=page, next=page[-1].id if len(found) > limit else None)
 
 
 @router.get("/{job_id}", responses=documented(InvalidInput, JobNotFound))
 async def get_job(
+    caller: Reader,
     service: TheService,
     job_id: JobId,
     wait: Annotated[
@@ -134,26 +137,30 @@ async def get_job(
 ) -> Job:
     """One job; with `wait`, as soon as it has ended or after so many seconds."""
     deadline = time.monotonic() + wait
-    while time.monotonic() < deadline and not (await run_in_threadpool(service.queue.status, job_id)).terminal:
+    while (
+        time.monotonic() < deadline
+        and not (await run_in_threadpool(service.queue.status, job_id, caller.sees)).terminal
+    ):
         await asyncio.sleep(min(POLL_SECONDS, max(0.0, deadline - time.monotonic())))
-    return await run_in_threadpool(service.queue.get, job_id)
+    return await run_in_threadpool(service.queue.get, job_id, caller.sees)
 
 
 @router.post("/{job_id}/cancel", responses=documented(InvalidInput, JobNotFound, Conflict))
-def cancel_job(service: TheService, job_id: JobId) -> Job:
+def cancel_job(caller: Submitter, service: TheService, job_id: JobId) -> Job:
     """Stop a job within seconds, whatever it is doing. Nothing of it is published."""
-    return service.queue.cancel(job_id)
+    return service.queue.cancel(job_id, caller.sees)
 
 
 @router.delete("/{job_id}", status_code=204, responses=documented(InvalidInput, JobNotFound, Conflict))
-def delete_job(service: TheService, job_id: JobId) -> None:
+def delete_job(caller: Submitter, service: TheService, job_id: JobId) -> None:
     """Forget a job that has ended, with its examples and artifacts."""
-    service.queue.delete(job_id)
+    service.queue.delete(job_id, caller.sees)
     service.store.delete(job_id)
 
 
 @router.get("/{job_id}/events", responses=documented(InvalidInput, JobNotFound))
 def list_events(
+    caller: Reader,
     service: TheService,
     job_id: JobId,
     after: Annotated[str | None, Query(description="`id` of the last event that you have.")] = None,
@@ -161,4 +168,4 @@ def list_events(
     """What happened to the job so far."""
     if after is not None:
         check_event_id(after)
-    return EventList(data=service.queue.events(job_id, after))
+    return EventList(data=service.queue.events(job_id, after, caller.sees))

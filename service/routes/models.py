@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from service.models import Model, find_models
+from service.routes.authentication import Reader
 from service.routes.dependencies import ErrorDetail, TheService, documented
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
@@ -34,7 +35,7 @@ class ModelList(BaseModel):
 
 
 @router.get("", responses=documented())
-def list_models(service: TheService) -> ModelList:
+def list_models(_: Reader, service: TheService) -> ModelList:
     """Every model that is installed, usable or not."""
     return ModelList(
         data=[
