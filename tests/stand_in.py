@@ -18,6 +18,7 @@ from service.jobs import Difference, Drift, JobSpec, Removed, Stage
 from service.models import Model
 from service.reports import Cost, Metrics, ModelInfo, Outlook, Report, SplitSizes, Verification
 from service.settings import Settings
+from workers.machine import Machine
 from workers.progress import OnProgress
 from workers.worker import work
 
@@ -115,4 +116,4 @@ def make_report(spec: JobSpec) -> Report:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
-    work(Settings(data=Path(sys.argv[1])), os.environ["REDIS_URL"], adapt)
+    work(Settings(data=Path(sys.argv[1])), os.environ["REDIS_URL"], adapt, lambda: Machine("cpu", 1, 10.0))

@@ -13,29 +13,33 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import select
 import signal
+import socket
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
 
 import rq
+from redis.client import Pipeline
 from redis.exceptions import RedisError
 from rq.exceptions import StopRequested
 from rq.worker import WorkerStatus
 
-from service import models
-from service.artifacts import ArtifactStore, disk_is_full
-from service.errors import C2IError, Conflict, InternalError, JobNotFound, OutOfMemory, Unavailable
-from service.jobs import JobSpec, JobStatus, Progress, Stage
+from service import workforce
+from service.artifacts import ArtifactStore
+from service.errors import Conflict, JobNotFound
+from service.jobs import JobStatus
 from service.processes import die_with_parent
 from service.queue import JobQueue, connect
-from service.reports import Report
 from service.settings import Settings
-from workers.memory import is_out_of_memory
-from workers.progress import OnProgress
+from service.workforce import WorkerInfo, WorkerState
+from workers.attempt import Adapt, run_attempt
+from workers.machine import Machine, in_child, measure
 
 logger = logging.getLogger(__name__)
 
@@ -43,40 +47,51 @@ logger = logging.getLogger(__name__)
 LOOK_SECONDS = 0.25
 # How often it renews the lease: a write, which Redis syncs to disk.
 RENEW_SECONDS = 2.0
-# Progress within a stage is written no more often.
-PROGRESS_SECONDS = 0.5
-# How long a result waits for a Redis that restarts.
-PATIENCE_SECONDS = 60.0
 
 
-class Adapt(Protocol):
-    """`workers.adaptation.adapt`: writes everything that is to be published into `out`."""
-
-    def __call__(
-        self, spec: JobSpec, model: models.Model, out: Path, *, cache: Path, on_progress: OnProgress
-    ) -> Report: ...
-
-
-def work(settings: Settings, redis_url: str, adapt: Adapt) -> None:
+def work(settings: Settings, redis_url: str, adapt: Adapt, probe: Callable[[], Machine] = measure) -> None:
     """Take jobs until a signal says to stop; a Redis that goes away is waited for.
 
+    Args:
+        probe: finds what can be computed with; runs in a process of its own.
+
     Raises:
-        Unavailable: Redis does not answer at the start.
+        Unavailable: Redis does not answer at the start, or nothing can be computed here.
     """
     queue = JobQueue(connect(redis_url), settings.job_ttl)
     queue.check()
     store = ArtifactStore(settings.artifacts)
+    info = _introduce(in_child(probe))
     stopped = False
-    while not stopped:
-        worker = Worker(queue, store, settings, adapt)
-        try:
-            worker.work(logging_level="WARNING")
-        except StopRequested:  # between two rounds
-            return
-        except RedisError as error:
-            logger.warning("Redis does not answer: %s", error)
-            time.sleep(1)
-        stopped = worker.stopped
+    try:
+        while not stopped:
+            worker = Worker(queue, store, settings, adapt, info)
+            try:
+                worker.work(logging_level="WARNING")
+            except StopRequested:  # between two rounds
+                return
+            except RedisError as error:
+                logger.warning("Redis does not answer: %s", error)
+                time.sleep(1)
+            stopped = worker.stopped
+    finally:
+        with contextlib.suppress(RedisError):
+            workforce.leave(queue.redis, info.id)
+
+
+def _introduce(machine: Machine) -> WorkerInfo:
+    now = datetime.now(UTC)
+    return WorkerInfo(
+        id=f"worker_{secrets.token_hex(6)}",
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        version=version("compress-to-impress"),
+        device=machine.device,
+        threads=machine.threads,
+        speed=machine.speed,
+        started_at=now,
+        seen_at=now,
+    )
 
 
 class Worker(rq.Worker):
@@ -85,13 +100,16 @@ class Worker(rq.Worker):
     # After a restart of Redis a worker is back in no more than this.
     max_connection_wait_time = 2.0
 
-    def __init__(self, queue: JobQueue, store: ArtifactStore, settings: Settings, adapt: Adapt) -> None:
+    def __init__(
+        self, queue: JobQueue, store: ArtifactStore, settings: Settings, adapt: Adapt, info: WorkerInfo
+    ) -> None:
         deliveries = queue.deliveries
         super().__init__([deliveries], connection=queue.redis, serializer=deliveries.serializer, worker_ttl=20)
         self._queue = queue
         self._store = store
         self._settings = settings
         self._adapt = adapt
+        self._info = info
         self._busy = False
         self._renewed = 0.0
 
@@ -99,6 +117,13 @@ class Worker(rq.Worker):
     def stopped(self) -> bool:
         """Whether a signal ended the work."""
         return bool(self._stop_requested)
+
+    def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
+        """Announce this worker. rq calls it every few seconds while it waits, and we while a job runs."""
+        super().heartbeat(timeout, pipeline)
+        state = WorkerState.BUSY if self._busy else WorkerState.IDLE
+        state = WorkerState.STOPPING if self._stop_requested else state
+        workforce.heartbeat(self._queue.redis, self._info.model_copy(update={"state": state}))
 
     def execute_job(self, job: rq.job.Job, queue: rq.Queue) -> None:
         """Run one delivery to its end; Redis may go away meanwhile."""
@@ -109,6 +134,7 @@ class Worker(rq.Worker):
             logger.warning("cannot record the end of %s: %s; its lease lapses and it runs again", job.id, error)
         finally:
             self._busy = False
+            self._info = self._info.model_copy(update={"job_id": None, "attempt": None})
 
     def _execute(self, job: rq.job.Job, queue: rq.Queue) -> None:
         job_id = job.args[0]
@@ -121,10 +147,12 @@ class Worker(rq.Worker):
         logger.info("starting %s, attempt %d", job_id, attempt)
         job.args = (job_id, attempt)
         self.set_state(WorkerStatus.BUSY)
+        self._info = self._info.model_copy(update={"job_id": job_id, "attempt": attempt})
         self.fork_work_horse(job, queue)
         # The child does the same: whoever comes first, no kill of the group can reach the parent.
         with contextlib.suppress(OSError):
             os.setpgid(self.horse_pid, self.horse_pid)
+        self._renewed = float("-inf")
         try:
             code = self._watch(job_id, attempt)
             self._store.clear_workspace(job_id, attempt)
@@ -138,9 +166,11 @@ class Worker(rq.Worker):
         poll = select.poll()
         poll.register(child, select.POLLIN)
         try:
-            while not poll.poll(LOOK_SECONDS * 1000):
+            while True:
                 if self._is_to_stop(job_id, attempt):
                     self.kill_horse()
+                if poll.poll(LOOK_SECONDS * 1000):
+                    break
         finally:
             os.close(child)
         _, status = os.waitpid(self.horse_pid, 0)
@@ -194,88 +224,18 @@ class Worker(rq.Worker):
         code = 1
         try:
             job_id, attempt = job.args
-            self.run_attempt(job_id, attempt)
+            run_attempt(self._queue, self._store, self._settings, self._adapt, job_id, attempt)
             code = 0
         except BaseException:
             logger.exception("the process of %s ends without a result", job.id)
         finally:
             os._exit(code)
 
-    def run_attempt(self, job_id: str, attempt: int) -> None:
-        """Adapt, publish, record: in the child."""
-        queue, store, settings = self._queue, self._store, self._settings
-        try:
-            spec = store.get_input(job_id)
-            model = models.resolve(settings.models, spec.model)
-            with store.workspace(job_id, attempt) as out:
-                progress = _progress_writer(queue, job_id, attempt)
-                report = self._adapt(spec, model, out, cache=settings.cache, on_progress=progress)
-                store.publish(job_id, attempt, out)
-            _insist(lambda: queue.succeed(job_id, attempt, report.brief()))
-        except (Conflict, JobNotFound) as error:
-            logger.info("%s, attempt %d, publishes nothing: %s", job_id, attempt, error)
-            store.withdraw(job_id, attempt)
-        except RedisError:
-            raise
-        except Exception as error:
-            ours = explain(error)
-            if ours is not error:
-                logger.exception("%s, attempt %d, failed", job_id, attempt)
-            with contextlib.suppress(Conflict, JobNotFound):
-                _insist(lambda: queue.fail(job_id, attempt, ours))
-
     def subscribe(self) -> None:
         """No thread in the parent: cancelling goes by the job's record."""
 
     def unsubscribe(self) -> None:
         """Nothing to end."""
-
-
-def _progress_writer(queue: JobQueue, job_id: str, attempt: int) -> OnProgress:
-    stage_before: Stage | None = None
-    percent_before = 0.0
-    written = 0.0
-
-    def write(stage: Stage, percent: float, eta_seconds: float | None, message: str) -> None:
-        nonlocal stage_before, percent_before, written
-        percent_before = max(percent_before, min(percent, 100.0))
-        if stage is stage_before and time.monotonic() - written < PROGRESS_SECONDS:
-            return
-        progress = Progress(stage=stage, percent=percent_before, eta_seconds=eta_seconds)
-        stage_before, written = stage, time.monotonic()
-        try:
-            queue.progress(job_id, attempt, progress, message)
-        except RedisError as error:
-            logger.warning("the progress of %s is not written: %s", job_id, error)
-
-    return write
-
-
-def _insist(write: Callable[[], None]) -> None:
-    """Write a result even if Redis is away for a minute: hours of work hang on it."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        try:
-            write()
-        except RedisError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.5)
-        else:
-            return
-
-
-def explain(error: Exception) -> C2IError:
-    """An exception of the adaptation, in words for its user. They hold no path and nothing of the examples."""
-    if isinstance(error, C2IError):
-        return error
-    if is_out_of_memory(error):
-        return OutOfMemory(
-            "the job needed more memory than its worker has: send fewer or shorter examples, or take a smaller model"
-        )
-    if disk_is_full(error):
-        return Unavailable("the server's disk is full")
-    return InternalError("an internal error in the worker; its log has the details under the job's ID")
 
 
 def describe_exit(code: int) -> str:
