@@ -20,10 +20,11 @@ from service.jobs import JobSpec
 from service.keys import KeyStore
 from service.queue import JobQueue, connect
 from service.reaper import Reaper
-from service.routes import files, health, jobs, models
+from service.routes import events, files, health, jobs, models
 from service.routes.authentication import document_keys
 from service.routes.dependencies import Service, translate
 from service.settings import Settings
+from service.watching import Watcher
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +32,21 @@ logger = logging.getLogger(__name__)
 def create_app(settings: Settings, redis_url: str) -> FastAPI:
     """The API over one data folder and one Redis."""
     redis = connect(redis_url)
-    service = Service(settings, JobQueue(redis, settings.job_ttl), ArtifactStore(settings.artifacts), KeyStore(redis))
+    service = Service(
+        settings,
+        JobQueue(redis, settings.job_ttl),
+        ArtifactStore(settings.artifacts),
+        KeyStore(redis),
+        Watcher(redis_url),
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         reaper = Reaper(service.queue, service.store, settings.job_ttl)
         reaper.start()
+        service.watcher.start()
         yield
+        await service.watcher.close()
         reaper.stop()
         service.queue.redis.close()
 
@@ -48,7 +57,7 @@ def create_app(settings: Settings, redis_url: str) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.service = service
-    for router in (jobs.router, files.router, models.router, health.router):
+    for router in (jobs.router, events.router, files.router, models.router, health.router):
         app.include_router(router)
     for kind in (C2IError, RequestValidationError, HTTPException, RedisError, OSError, Exception):
         app.add_exception_handler(kind, _respond)

@@ -5,6 +5,7 @@
     c2i:active                    set of the IDs that are not terminal
     c2i:job:ID                    hash: the record
     c2i:job:ID:events             stream: what happened to it
+    c2i:changes                   channel: the ID of a job that has changed
     c2i:job:ID:lease:ATTEMPT      a worker has it; it renews this, and the key lapses with the worker
 
 rq is transport alone: a job's ID, as JSON, in its queue. Each delivery to a worker has an ID of its own,
@@ -39,6 +40,8 @@ from service.errors import C2IError, Conflict, InvalidInput, JobNotFound, Unavai
 from service.jobs import Job, JobError, JobEvent, JobResult, JobSpec, JobStatus, Progress
 
 QUEUE = "c2i"
+# Where the ID of a job is published at each event and at its deletion.
+CHANGES = "c2i:changes"
 JOB_ID = re.compile(r"job_[0-9a-z]{20}")
 # A worker renews its lease every two seconds; a machine that swaps may miss a few.
 LEASE_SECONDS = 12
@@ -221,6 +224,7 @@ class JobQueue:
                     f"the job is {record['status']}; cancel it first (POST /v1/jobs/{job_id}/cancel), then delete it"
                 )
             pipe.delete(_job_key(job_id), _events_key(job_id))
+            pipe.publish(CHANGES, job_id)
             pipe.zrem("c2i:jobs", job_id)
             pipe.zrem(OWNED, f"{record.get('owner', '')}:{job_id}")
 
@@ -450,6 +454,7 @@ class JobQueue:
             "progress": json.loads(record["progress"]),
         }
         pipe.xadd(_events_key(record["id"]), {"event": json.dumps(event)}, maxlen=MAX_EVENTS, approximate=False)
+        pipe.publish(CHANGES, record["id"])
 
     def _read(self, job_id: str) -> Record:
         return _decode(cast(dict[bytes, bytes], self.redis.hgetall(_job_key(job_id))))
@@ -466,11 +471,11 @@ def check_job_id(job_id: str) -> None:
         raise _not_found(job_id)
 
 
-def check_event_id(event_id: str) -> None:
+def check_event_id(event_id: str, param: str = "after") -> None:
     """Refuse what is not an event's `id`."""
     left, dash, right = event_id.partition("-")
     if not (dash and all(part.isascii() and part.isdigit() and len(part) < 19 for part in (left, right))):
-        raise InvalidInput("not an event's `id`; take it from `GET /v1/jobs/{id}/events`", param="after")
+        raise InvalidInput("not an event's `id`; take it from `GET /v1/jobs/{id}/events`", param=param)
 
 
 def _job_key(job_id: str) -> str:

@@ -18,10 +18,11 @@ from service.errors import Conflict, Unavailable
 from service.main import create_app
 from service.processes import Child
 from service.settings import Settings
+from service.watching import Watcher
 
 # A worker kills its job's process and hands the job back: no more than a few round trips.
 WORKER_STOP_SECONDS = 10.0
-# Open downloads and long polls are cut off after this.
+# Open downloads are cut off after this.
 CONNECTION_STOP_SECONDS = 2
 
 
@@ -63,18 +64,25 @@ def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, timeout_graceful_shutdown=CONNECTION_STOP_SECONDS
         )
-        _Server(config, lambda: on_ready(url)).run(sockets=[listener])
+        Server(config, app.state.service.watcher, lambda: on_ready(url)).run(sockets=[listener])
 
 
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+class Server(uvicorn.Server):
+    """Says when it answers, and ends long polls and event streams before it waits for its connections."""
+
+    def __init__(self, config: uvicorn.Config, watcher: Watcher, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
+        self._watcher = watcher
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._watcher.stop()
+        await super().shutdown(sockets)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -19,6 +19,7 @@ import uvicorn
 
 from service.embedded import EmbeddedRedis
 from service.main import create_app
+from service.server import Server
 from service.settings import Settings
 from tests import tiny
 
@@ -51,8 +52,10 @@ class Api:
         app = create_app(self.settings, redis_url)
         self.app = app
         self.service = app.state.service
-        self._server = uvicorn.Server(
-            uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=1)
+        self._server = Server(
+            uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=1),
+            self.service.watcher,
+            lambda: None,
         )
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()

@@ -26,6 +26,7 @@ from service.jobs import field_path
 from service.keys import KeyStore
 from service.queue import JobQueue
 from service.settings import MAX_BODY_BYTES, Settings
+from service.watching import Watcher
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Service:
     queue: JobQueue
     store: ArtifactStore
     keys: KeyStore
+    watcher: Watcher
 
 
 async def _service(request: Request) -> Service:

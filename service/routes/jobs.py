@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import Annotated, Any
 
@@ -20,16 +19,14 @@ from service.errors import (
     UnsupportedMediaType,
     UnusableModel,
 )
-from service.jobs import Job, JobEvent, JobSpec
-from service.queue import check_event_id, check_job_id, new_job_id
+from service.jobs import Job, JobSpec
+from service.queue import check_job_id, new_job_id
 from service.routes.authentication import Caller, Reader, Submitter
 from service.routes.dependencies import Service, TheService, documented
 from service.settings import MAX_BODY_BYTES
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
-# How often a long poll looks. A look is one read of one field.
-POLL_SECONDS = 0.2
 LONGEST_WAIT_SECONDS = 60.0
 DRAIN_BYTES = 4 * MAX_BODY_BYTES
 
@@ -47,12 +44,6 @@ class JobList(BaseModel):
 
     data: list[Job]
     next: str | None
-
-
-class EventList(BaseModel):
-    """A job's events, oldest first."""
-
-    data: list[JobEvent]
 
 
 def body_schema() -> dict[str, Any]:
@@ -136,13 +127,16 @@ async def get_job(
     ] = 0,
 ) -> Job:
     """One job; with `wait`, as soon as it has ended or after so many seconds."""
-    deadline = time.monotonic() + wait
-    while (
-        time.monotonic() < deadline
-        and not (await run_in_threadpool(service.queue.status, job_id, caller.sees)).terminal
-    ):
-        await asyncio.sleep(min(POLL_SECONDS, max(0.0, deadline - time.monotonic())))
+    if wait:
+        await _await_end(service, job_id, caller.sees, time.monotonic() + wait)
     return await run_in_threadpool(service.queue.get, job_id, caller.sees)
+
+
+async def _await_end(service: Service, job_id: str, owner: str | None, deadline: float) -> None:
+    with service.watcher.watch(job_id) as watch:
+        while not service.watcher.stopped and await watch.wait(deadline - time.monotonic()):
+            if (await run_in_threadpool(service.queue.status, job_id, owner)).terminal:
+                return
 
 
 @router.post("/{job_id}/cancel", responses=documented(InvalidInput, JobNotFound, Conflict))
@@ -156,16 +150,3 @@ def delete_job(caller: Submitter, service: TheService, job_id: JobId) -> None:
     """Forget a job that has ended, with its examples and artifacts."""
     service.queue.delete(job_id, caller.sees)
     service.store.delete(job_id)
-
-
-@router.get("/{job_id}/events", responses=documented(InvalidInput, JobNotFound))
-def list_events(
-    caller: Reader,
-    service: TheService,
-    job_id: JobId,
-    after: Annotated[str | None, Query(description="`id` of the last event that you have.")] = None,
-) -> EventList:
-    """What happened to the job so far."""
-    if after is not None:
-        check_event_id(after)
-    return EventList(data=service.queue.events(job_id, after, caller.sees))
