@@ -19,7 +19,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
 
@@ -147,6 +147,10 @@ class ArtifactStore:
 
     # --- removing --------------------------------------------------------------------------------------------
 
+    def discard_input(self, job_id: str) -> None:
+        """Remove the input of a job that was not created after all."""
+        shutil.rmtree(self._jobs / job_id, ignore_errors=True)
+
     def delete(self, job_id: str) -> None:
         """Remove a job's input and manifests, then what no other job shares."""
         shutil.rmtree(self._jobs / job_id, ignore_errors=True)
@@ -166,11 +170,7 @@ class ArtifactStore:
         """Remove blobs that no manifest names; not now where something is being published."""
         try:
             with self._locked(fcntl.LOCK_EX | fcntl.LOCK_NB):
-                named = {
-                    file.sha256
-                    for manifest in self._jobs.glob("*/*.manifest.json")
-                    for file in _MANIFEST.validate_json(manifest.read_bytes())
-                }
+                named = {file.sha256 for manifest in self._manifests() for file in _MANIFEST.validate_json(manifest)}
                 for blob in self._blobs.glob("*/*"):
                     if blob.name not in named:
                         blob.unlink(missing_ok=True)
@@ -178,6 +178,17 @@ class ArtifactStore:
             return
 
     # --- names and locks -------------------------------------------------------------------------------------
+
+    def _manifests(self) -> Iterator[bytes]:
+        """Every manifest there is, while other jobs are being deleted."""
+        for folder in self._jobs.iterdir():
+            try:
+                manifests = list(folder.glob("*.manifest.json"))
+            except FileNotFoundError:
+                continue
+            for manifest in manifests:
+                with suppress(FileNotFoundError):
+                    yield manifest.read_bytes()
 
     def _manifest(self, job_id: str, attempt: int) -> Path:
         return self._jobs / job_id / f"{attempt}.manifest.json"

@@ -36,7 +36,9 @@ from redis.retry import Retry
 from rq import Queue
 from rq.serializers import JSONSerializer
 
+from service import idempotency
 from service.errors import C2IError, Conflict, InvalidInput, JobNotFound, Unavailable, WorkerDied
+from service.idempotency import Claim
 from service.jobs import Job, JobError, JobEvent, JobResult, JobSpec, JobStatus, Progress
 
 QUEUE = "c2i"
@@ -103,11 +105,15 @@ class JobQueue:
 
     # --- what clients do: an `owner` sees its own jobs alone, None sees all ---------------------------------------
 
-    def create(self, job_id: str, spec: JobSpec, owner: str = "") -> Job:
+    def create(self, job_id: str, spec: JobSpec, owner: str = "", claim: Claim | None = None) -> Job:
         """Store the record and queue the job, both or neither. Its input must be stored already.
 
         Args:
             owner: the ID of the key that submits it; empty where no keys are in use.
+            claim: where it is another job's already, that job is returned and none is created.
+
+        Raises:
+            Conflict: the claim was made with another body, or for a job that is gone.
         """
         record = {
             "id": job_id,
@@ -125,10 +131,14 @@ class JobQueue:
         with self.redis.pipeline() as pipe:
             while True:
                 try:
-                    pipe.watch(_job_key(job_id))
+                    pipe.watch(_job_key(job_id), *([claim.name] if claim else []))
                     if pipe.exists(_job_key(job_id)):
                         break  # by a try whose answer was lost
+                    if claim and (holder := claim.holder(pipe)):
+                        return self._claimed(holder)
                     pipe.multi()
+                    if claim:
+                        claim.hold(pipe, job_id)
                     pipe.hset(_job_key(job_id), mapping=cast(Any, record))
                     pipe.zadd("c2i:jobs", {job_id: 0})
                     if owner:
@@ -141,6 +151,15 @@ class JobQueue:
                     continue
                 break
         return self.get(job_id)
+
+    def find_claimed(self, claim: Claim) -> Job | None:
+        """The job that an earlier request with this claim created.
+
+        Raises:
+            Conflict: as for `create`.
+        """
+        holder = claim.holder(self.redis)
+        return self._claimed(holder) if holder else None
 
     def get(self, job_id: str, owner: str | None = None) -> Job:
         """The job as clients see it.
@@ -400,6 +419,15 @@ class JobQueue:
                     self.redis.zrem(index, *gone)
 
     # --- keys and transactions -----------------------------------------------------------------------------------
+
+    def _claimed(self, job_id: str) -> Job:
+        try:
+            return self.get(job_id)
+        except JobNotFound:
+            raise Conflict(
+                f"this key created {job_id}, which was deleted since; send another key to create another job",
+                param=idempotency.NAME,
+            ) from None
 
     def _change(self, job_id: str, change: Change, owner: str | None = None) -> None:
         """One transaction on a record: `change` sees it and queues commands, or raises and nothing happens."""

@@ -49,6 +49,7 @@ class Api:
 
     def __init__(self, data: Path, redis_url: str, **changes: Any) -> None:
         self.settings = Settings(data=data, workers=0, **changes)
+        self.redis_url = redis_url
         app = create_app(self.settings, redis_url)
         self.app = app
         self.service = app.state.service

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -87,3 +88,18 @@ def test_inputs_come_back_as_they_were(tmp_path: Path) -> None:
     store.delete("job")
     with pytest.raises(NotFound):
         store.get_input("job")
+
+
+def test_jobs_that_are_deleted_at_once_are_no_trouble_to_each_other(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    publish(store, "kept", 1, a="kept")
+
+    def come_and_go(name: str) -> None:
+        for _ in range(25):
+            store.put_input(name, JobSpec.parse(spec()))
+            store.delete(name)  # and a sweep over the others' folders
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(come_and_go, map(str, range(8))))
+    assert contents(store, "kept", 1) == {"a": "kept"}
+    assert len(list((tmp_path / "blobs").glob("*/*"))) == 1

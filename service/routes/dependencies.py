@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
-from fastapi import Depends, Request
+from fastapi import Depends, Header, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel
+from pydantic_core import PydanticCustomError
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 
+from service import idempotency
 from service.artifacts import ArtifactStore, disk_is_full
 from service.errors import (
     C2IError,
@@ -45,6 +47,23 @@ async def _service(request: Request) -> Service:
 
 
 TheService = Annotated[Service, Depends(_service)]
+
+
+def _check_idempotency_key(key: str | None) -> str | None:
+    if key is not None and not idempotency.FORM.fullmatch(key):
+        raise PydanticCustomError("idempotency_key", "1 to 255 visible ASCII characters, a UUID for example")
+    return key
+
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias=idempotency.NAME,
+        description="The same key and body within 24 hours: the same job, not a second one. A UUID for example.",
+        json_schema_extra={"minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
+    ),
+    AfterValidator(_check_idempotency_key),
+]
 
 
 class ErrorDetail(BaseModel):

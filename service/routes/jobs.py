@@ -19,10 +19,11 @@ from service.errors import (
     UnsupportedMediaType,
     UnusableModel,
 )
+from service.idempotency import Claim
 from service.jobs import Job, JobSpec
 from service.queue import check_job_id, new_job_id
 from service.routes.authentication import Caller, Reader, Submitter
-from service.routes.dependencies import Service, TheService, documented
+from service.routes.dependencies import IdempotencyKey, Service, TheService, documented
 from service.settings import MAX_BODY_BYTES
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -57,14 +58,27 @@ def body_schema() -> dict[str, Any]:
 @router.post(
     "",
     status_code=202,
-    responses=documented(InvalidInput, UnusableModel, ModelNotFound, PayloadTooLarge, UnsupportedMediaType),
+    responses=documented(InvalidInput, UnusableModel, ModelNotFound, Conflict, PayloadTooLarge, UnsupportedMediaType),
     openapi_extra={"requestBody": body_schema()},
 )
-async def create_job(caller: Submitter, request: Request, response: Response, service: TheService) -> Job:
-    """Queue an adaptation. Everything that can be known without the model's weights is checked first."""
+async def create_job(
+    caller: Submitter,
+    request: Request,
+    response: Response,
+    service: TheService,
+    idempotency_key: IdempotencyKey = None,
+) -> Job:
+    """Queue an adaptation. Everything that can be known without the model's weights is checked first.
+
+    With an `Idempotency-Key` that has created a job already, that job comes back, and `Idempotent-Replayed: true`.
+    """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise UnsupportedMediaType("the body must be JSON with `Content-Type: application/json`")
-    job = await run_in_threadpool(_create, service, caller, await _read_body(request))
+    body = await _read_body(request)
+    claim = Claim.of(caller.owner, idempotency_key, body) if idempotency_key else None
+    job, created = await run_in_threadpool(_create, service, caller, body, claim)
+    if not created:
+        response.headers["Idempotent-Replayed"] = "true"
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return job
 
@@ -94,14 +108,24 @@ def _too_large() -> PayloadTooLarge:
     return PayloadTooLarge(f"the body is over {MAX_BODY_BYTES:,} bytes; send fewer or shorter examples")
 
 
-def _create(service: Service, caller: Caller, body: bytes) -> Job:
+def _create(service: Service, caller: Caller, body: bytes, claim: Claim | None) -> tuple[Job, bool]:
+    """A job, and whether this request created it."""
+    if claim and (earlier := service.queue.find_claimed(claim)):
+        return earlier, False
     spec = JobSpec.parse_json(body)
     model = models.resolve(service.settings.models, spec.model)
     masks.check_masks(model, spec)
     lengths.check_lengths(model, spec)
     job_id = new_job_id()
     service.store.put_input(job_id, spec)
-    return service.queue.create(job_id, spec, caller.owner)
+    try:
+        job = service.queue.create(job_id, spec, caller.owner, claim)
+    except Conflict:
+        service.store.discard_input(job_id)
+        raise
+    if job.id != job_id:  # a request with the same claim was faster
+        service.store.discard_input(job_id)
+    return job, job.id == job_id
 
 
 @router.get("", responses=documented(InvalidInput))
