@@ -1,6 +1,7 @@
-# The four commands of this project. Everything is installed into .venv, once.
+# The commands of this project. Everything is installed into .venv, once.
 #   make demo    a real model gets better at a real task, over HTTP
 #   make test    the whole test suite
+#   make load    how fast the service is; needs wrk (apt-get install wrk)
 #   make lint    style, types and the directions of imports
 #   make clean   remove what was installed and cached; ./data, with models and jobs, stays
 
@@ -8,13 +9,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test load lint clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python -m workers.demo
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest
+
+load: $(INSTALLED)
+	@$(BIN)/python -m tests.load
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

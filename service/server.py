@@ -40,7 +40,7 @@ def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
             "alone with --workers 0"
         )
     with _orderly_exit(), ExitStack() as stack:
-        listener = stack.enter_context(_listen(settings.host, settings.port))
+        listener = stack.enter_context(listen(settings.host, settings.port))
         settings.data.mkdir(parents=True, exist_ok=True)
         redis_url = settings.redis_url
         if redis_url is None:
@@ -85,7 +85,12 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; port 0 takes a free one.
+
+    Raises:
+        Conflict: it cannot be bound.
+    """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         # With its protocol named, or asyncio leaves Nagle's algorithm on and each answer waits 40 ms for an ACK.

@@ -1,0 +1,259 @@
+"""How fast the service is: `python -m tests.load`, beside what a bare FastAPI route reaches in the same run.
+
+The service is `c2i serve` as a user starts it, with its embedded Redis (append-only file, synced at every write), on
+loopback and on the same cores as what asks it; no workers run, so that nothing else computes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+from redis import Redis
+
+from service.artifacts import ArtifactStore
+from service.embedded import socket_path
+from service.jobs import JobSpec
+from service.queue import JobQueue, connect, socket_url
+from service.settings import Settings
+from tests import tiny
+from tests.live import REPOSITORY, ServeProcess, install
+from tests.load.bare import KEY
+from tests.load.generators import Rate, at_rate, download, listeners, wrk
+from tests.stand_in import make_report
+
+T = TypeVar("T")
+ARTIFACT_BYTES = 1_000_000_000
+EXAMPLES = 100
+LISTENERS = 200
+# What the service is told beyond its defaults.
+ENVIRONMENT: dict[str, str] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    what: str
+    asked: str
+    measured: str
+    bare: str
+    reached: bool
+
+
+class Rig:
+    """The service, the bare application beside it on the same Redis, and a job of each kind."""
+
+    def __init__(self, folder: Path, stack: ExitStack, artifact_bytes: int) -> None:
+        self.settings = Settings(data=folder / "data", workers=0)
+        install(tiny.build("llama", folder / "model"), self.settings.data)
+        self.server = ServeProcess(self.settings.data, "--workers", "0", env=ENVIRONMENT)
+        stack.callback(self.server.stop)
+        self.api = psutil.Process(self.server.process.pid)
+        redis_url = socket_url(str(socket_path(self.settings.data)))
+        self.redis: Redis = connect(redis_url)
+        stack.callback(self.redis.close)
+        self.redis.set(KEY, "x" * 500)
+        self.body = folder / "body.json"
+        self.body.write_text(json.dumps(_body()))
+        self.queued = self._submit()
+        self.finished, artifact = self._finish(self._submit(), artifact_bytes)
+        self.bare = self._start_bare(redis_url, artifact, stack)
+
+    def url(self, job_id: str, path: str = "") -> str:
+        """Of a job."""
+        return f"{self.server.url}/v1/jobs/{job_id}{path}"
+
+    def _submit(self) -> str:
+        body = self.body.read_text().replace("@", "0")
+        response = self.server.http.post("/v1/jobs", content=body, headers={"Content-Type": "application/json"})
+        response.raise_for_status()
+        return str(response.json()["id"])
+
+    def _finish(self, job_id: str, size: int) -> tuple[str, Path]:
+        """As a worker does; the job and its large artifact."""
+        queue = JobQueue(self.redis, self.settings.job_ttl)
+        store = ArtifactStore(self.settings.artifacts)
+        spec = JobSpec.parse(_body())
+        attempt = queue.start(job_id)
+        report = make_report(spec)
+        with store.workspace(job_id, attempt) as out:
+            (out / "model").mkdir()
+            with (out / "model" / "model.safetensors").open("wb") as file:
+                for _ in range(size // 1_000_000):
+                    file.write(os.urandom(1_000_000))
+            (out / "report.json").write_text(report.model_dump_json())
+            store.publish(job_id, attempt, out)
+        queue.succeed(job_id, attempt, report.brief())
+        return job_id, store.open_path(store.find(job_id, attempt, "model/model.safetensors"))
+
+    def _start_bare(self, redis_url: str, artifact: Path, stack: ExitStack) -> str:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.load.bare", str(artifact)],
+            cwd=REPOSITORY,
+            env={**os.environ, "REDIS_URL": redis_url},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        stack.callback(process.wait)
+        stack.callback(process.terminate)
+        if process.stdout is None:
+            raise RuntimeError("no pipe")
+        stack.callback(process.stdout.close)
+        self.bare_process = psutil.Process(process.pid)
+        return process.stdout.readline().strip()
+
+
+def _body() -> dict[str, Any]:
+    """100 examples of a closed task, some 20 kB; `@` is a number of the request's own."""
+    answers = [" positive", " negative"]
+    review = "It began well enough and then went on for longer than anybody in the room would have liked, me included"
+    return {
+        "model": "tiny-llama",
+        "examples": [
+            {"prompt": f"Review {i}.@: {review}.\nSentiment:", "completion": answers[i % 2], "choices": answers}
+            for i in range(EXAMPLES)
+        ],
+    }
+
+
+def measure(rig: Rig, seconds: float) -> Iterator[Row]:
+    """The table, line by line."""
+    bare = wrk(rig.bare, seconds)
+    for kind, job_id in (("queued", rig.queued), ("finished", rig.finished)):
+        rate = wrk(rig.url(job_id), seconds)
+        yield Row(f"status reads of a {kind} job", "1,000/s", _many(rate), _many(bare), _good(rate, 1_000))
+    bare = at_rate(rig.bare, 500, seconds)
+    rate = at_rate(rig.url(rig.queued), 500, seconds)
+    reached = rate.p99 < 50 and not rate.failed
+    yield Row("p99 at 500 status reads a second", "50 ms", _latency(rate), _latency(bare), reached)
+
+    bare = wrk(rig.bare, seconds)
+    rate = wrk(f"{rig.server.url}/v1/jobs", seconds, "submit.lua", str(rig.body))
+    yield Row(f"submissions of {EXAMPLES} examples", "200/s", _many(rate), _many(bare), _good(rate, 200))
+
+    bare_speed, _ = _with_memory(rig.bare_process, lambda: download(f"{rig.bare}/file"))
+    for path in ("/files/model/model.safetensors", "/model.zip"):
+        url = rig.url(rig.finished, path)
+        speed, (before, most) = _with_memory(rig.api, lambda url=url: download(url))  # type: ignore[misc]
+        measured = f"{speed / 1e6:,.0f} MB/s, memory {before / 1e6:,.0f} to {most / 1e6:,.0f} MB"
+        reached = speed > 300e6 and most - before < 20e6
+        name = path.rpartition("/")[2]
+        yield Row(f"download of 1 GB, {name}", "300 MB/s", measured, f"{bare_speed / 1e6:,.0f} MB/s", reached)
+
+    quiet = 2 * seconds
+    idle = _cpu(rig.api, quiet)
+    with listeners(rig.url(rig.queued, "/events"), LISTENERS):
+        share = _cpu(rig.api, quiet)
+    measured = f"{share:.1%} of a core; without listeners {idle:.1%}"
+    yield Row(f"{LISTENERS} listeners on a silent job", "5 % of a core", measured, "", share < 0.05)
+
+
+def _many(rate: Rate) -> str:
+    return f"{rate.per_second:,.0f}/s" + (f", {rate.failed} failed" if rate.failed else "")
+
+
+def _good(rate: Rate, per_second: float) -> bool:
+    return rate.per_second >= per_second and not rate.failed
+
+
+def _latency(rate: Rate) -> str:
+    failed = f", {rate.failed} failed" if rate.failed else ""
+    return (
+        f"p99 {rate.p99:.1f} ms, p50 {rate.p50:.1f} ms, longest {rate.longest:.0f} ms, {rate.per_second:.0f}/s{failed}"
+    )
+
+
+def _cpu(process: psutil.Process, seconds: float) -> float:
+    """Cores that the process keeps busy."""
+    process.cpu_percent()
+    threading.Event().wait(seconds)
+    return process.cpu_percent() / 100
+
+
+def _with_memory(process: psutil.Process, run: Callable[[], T]) -> tuple[T, tuple[int, int]]:
+    """What `run` returns, and the process's memory before and at most meanwhile, in bytes."""
+    with _sampled(process) as samples:
+        result = run()
+    return result, (samples[0], max(samples))
+
+
+@contextmanager
+def _sampled(process: psutil.Process) -> Iterator[list[int]]:
+    samples = [process.memory_info().rss]
+    over = threading.Event()
+
+    def sample() -> None:
+        while not over.wait(0.02):
+            samples.append(process.memory_info().rss)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        over.set()
+        thread.join()
+
+
+def _markdown(rows: list[Row], about: dict[str, Any]) -> str:
+    lines = [
+        "# Speed of the service",
+        "",
+        f"{about['date']}, {about['processor']}, {about['cores']} cores, shared with what asks; "
+        f"load before the run {about['load']}. Settings beyond the defaults: {about['settings']}.",
+        "*Bare* is a FastAPI route with one Redis GET in the same run; for downloads, with a FileResponse.",
+        "",
+        "| what | asked | measured | bare | |",
+        "|---|---|---|---|---|",
+        *(f"| {r.what} | {r.asked} | {r.measured} | {r.bare} | {'yes' if r.reached else 'no'} |" for r in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Print the table, write it as Markdown and JSON; 1 where something that was asked for is not reached."""
+    parser = argparse.ArgumentParser(prog="python -m tests.load", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=10, help="how long each load lasts (10)")
+    parser.add_argument("--bytes", type=int, default=ARTIFACT_BYTES, help="size of the artifact (1 GB)")
+    parser.add_argument("--out", type=Path, help="a file for JSON; the table goes beside it as .md")
+    given = parser.parse_args()
+    if shutil.which("wrk") is None:
+        parser.error("wrk is not installed: apt-get install wrk")
+    about = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 1),
+        "seconds": given.seconds,
+        "settings": ", ".join(f"{name}={value}" for name, value in ENVIRONMENT.items()) or "none",
+    }
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        rig = Rig(Path(folder), stack, given.bytes)
+        for row in measure(rig, given.seconds):
+            print(f"{row.what}: {row.measured}; asked {row.asked}; bare {row.bare}", file=sys.stderr, flush=True)
+            rows.append(row)
+    print(_markdown(rows, about))
+    if given.out:
+        given.out.write_text(json.dumps({**about, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1) + "\n")
+        given.out.with_suffix(".md").write_text(_markdown(rows, about))
+    return 0 if all(row.reached for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
