@@ -86,6 +86,28 @@ class ArtifactStore:
         finally:
             self.clear_workspace(job_id, attempt)
 
+    def check_room(self, needed: int) -> None:
+        """Raises Unavailable where the disk has no room for so many bytes."""
+        free = shutil.disk_usage(self._work).free
+        if free < needed:
+            raise Unavailable(
+                f"the server's disk has {free / 1e9:.1f} GB left and the job needs {needed / 1e9:.1f} GB; try again "
+                "when there is room"
+            )
+
+    def workspace_bytes(self, job_id: str, attempt: int) -> int:
+        """What an attempt's unpublished files take on the disk now."""
+        total, folders = 0, [self._work / f"{job_id}.{attempt}"]
+        while folders:
+            with suppress(OSError):  # a file or a folder that is gone meanwhile
+                for entry in os.scandir(folders.pop()):
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(Path(entry.path))
+                    else:
+                        with suppress(OSError):
+                            total += entry.stat(follow_symlinks=False).st_blocks * 512
+        return total
+
     def clear_workspace(self, job_id: str, attempt: int) -> None:
         """Remove what a killed attempt left half-written."""
         shutil.rmtree(self._work / f"{job_id}.{attempt}", ignore_errors=True)

@@ -14,6 +14,8 @@
     ├── Conflict                  conflict          409
     ├── Unavailable               unavailable       503   yes
     ├── OutOfMemory               out_of_memory     500
+    ├── OutOfDisk                 out_of_disk       500
+    ├── TimedOut                  timed_out         500
     ├── WorkerDied                worker_died       500
     └── InternalError             internal_error    500   yes
 
@@ -129,6 +131,18 @@ class OutOfMemory(C2IError):
     """A job needed more memory than its worker has."""
 
     code = "out_of_memory"
+
+
+class OutOfDisk(C2IError):
+    """A job wrote, or would have to write, more than it may."""
+
+    code = "out_of_disk"
+
+
+class TimedOut(C2IError):
+    """A job ran for longer than it may."""
+
+    code = "timed_out"
 
 
 class WorkerDied(C2IError):

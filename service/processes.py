@@ -15,6 +15,7 @@ from functools import partial
 logger = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
 # A child that ends sooner is started again only after a pause that doubles up to the second figure.
 RESTART_SECONDS = 0.2
 LONGEST_RESTART_SECONDS = 5.0
@@ -28,6 +29,11 @@ def die_with_parent(parent: int) -> None:
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """From now on a process below this one, whose own parent ends, becomes this one's child and not the system's."""
+    _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 class Child:

@@ -45,8 +45,9 @@ QUEUE = "c2i"
 # Where the ID of a job is published at each event and at its deletion.
 CHANGES = "c2i:changes"
 JOB_ID = re.compile(r"job_[0-9a-z]{20}")
-# A worker renews its lease every two seconds; a machine that swaps may miss a few.
-LEASE_SECONDS = 12
+# A worker renews its lease every two seconds. A Redis that is away for less than this costs no running job, and a job
+# whose worker is gone waits no longer.
+LEASE_SECONDS = 18
 # A job whose process was killed is tried three times in all.
 MAX_CRASHES = 3
 MAX_EVENTS = 1_000
@@ -335,8 +336,14 @@ class JobQueue:
 
         self._change(job_id, change)
 
-    def give_back(self, job_id: str, attempt: int, reason: str, *, crashed: bool) -> None:
-        """Queue a running job again, before all others; fail it where it has crashed too often."""
+    def give_back(
+        self, job_id: str, attempt: int, reason: str, *, crashed: bool, error: C2IError | None = None
+    ) -> None:
+        """Queue a running job again, before all others; fail it where it has crashed too often.
+
+        Args:
+            error: what it then fails with, where more is known than that its process died.
+        """
 
         def change(record: Record, pipe: Pipeline) -> None:
             _check_attempt(record, attempt, JobStatus.RUNNING)
@@ -344,15 +351,12 @@ class JobQueue:
             self._set(record, pipe, crashes=str(crashes))
             pipe.delete(_lease_key(job_id, attempt))
             if crashes >= MAX_CRASHES:
-                self._fail(
-                    record,
-                    pipe,
-                    WorkerDied(
-                        f"the job's process ended {crashes} times without a result, last: {reason}. Most often the "
-                        "machine ran out of memory: send fewer or shorter examples, take a smaller model, or give "
-                        "the worker more memory."
-                    ),
+                died = WorkerDied(
+                    f"the job's process ended {crashes} times without a result, last: {reason}. Most often the "
+                    "machine ran out of memory: send fewer or shorter examples, take a smaller model, or give "
+                    "the worker more memory."
                 )
+                self._fail(record, pipe, error or died)
                 return
             self._set(record, pipe, status=JobStatus.QUEUED.value, progress=Progress().model_dump_json())
             self._deliver(record, pipe, at_front=True)

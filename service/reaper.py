@@ -19,7 +19,7 @@ from service.queue import JobQueue
 
 logger = logging.getLogger(__name__)
 
-# With a lease of 12 s, a job is back in the queue 12 to 18 s after its worker was killed.
+# With a lease of 18 s, a job is back in the queue 18 to 24 s after its worker was killed.
 LOOK_SECONDS = 3.0
 CLEAN_SECONDS = 600.0
 

@@ -29,8 +29,16 @@ class Settings(BaseSettings):
     """Worker processes that `c2i serve` starts beside the API."""
     redis_url: Annotated[str | None, Field(validation_alias="REDIS_URL")] = None
     """An external Redis or Valkey, 6.2 or newer; without it an embedded one is started."""
-    job_ttl: timedelta = timedelta(days=30)
+    job_ttl_seconds: Annotated[int, Field(ge=1)] = 30 * 86_400
     """How long a finished job's record and artifacts are kept."""
+    job_timeout_seconds: Annotated[int, Field(ge=1)] = 86_400
+    """How long a job may run."""
+    job_memory_bytes: Annotated[int | None, Field(ge=1)] = None
+    """How much memory a job may take; without it, what the machine has."""
+    job_disk_bytes: Annotated[int, Field(ge=1)] = 100_000_000_000
+    """How much a job may write; checked before it begins, by its model's size, and while it runs."""
+    grace_seconds: Annotated[float, Field(ge=0)] = 30.0
+    """How long a worker that is told to stop (SIGTERM) lets its job run on before it hands it back."""
     require_keys: bool = False
     """Ask for API keys on loopback too, behind a proxy say; on any other address they are always asked for."""
 
@@ -38,6 +46,11 @@ class Settings(BaseSettings):
     def keys_in_force(self) -> bool:
         """Whether a request needs an API key."""
         return self.require_keys or not is_loopback(self.host)
+
+    @property
+    def job_ttl(self) -> timedelta:
+        """How long a finished job is kept."""
+        return timedelta(seconds=self.job_ttl_seconds)
 
     @property
     def models(self) -> Path:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -93,22 +95,32 @@ class Api:
 class WorkerProcess:
     """A real worker with a stand-in for the mathematics: what it does stands in the job's metadata."""
 
-    def __init__(self, data: Path, redis_url: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.stand_in", str(data)],
-            cwd=REPOSITORY,
-            env={**os.environ, "REDIS_URL": redis_url},
-            start_new_session=True,
-        )
+    def __init__(self, data: Path, redis_url: str, env: dict[str, str] | None = None, log: Path | None = None) -> None:
+        with log.open("wb") if log else contextlib.nullcontext() as stderr:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.stand_in", str(data)],
+                cwd=REPOSITORY,
+                env={**os.environ, "REDIS_URL": redis_url} | (env or {}),
+                stderr=stderr,
+                start_new_session=True,
+            )
         self.pid = self._process.pid
 
     def children(self) -> list[psutil.Process]:
         """Its jobs' processes."""
         return psutil.Process(self.pid).children(recursive=True)
 
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        self._process.send_signal(number)
+
     def terminate(self) -> int:
         """SIGTERM, and its exit code."""
         self._process.terminate()
+        return self.wait()
+
+    def wait(self) -> int:
+        """Its exit code, when it has ended."""
         return self._process.wait(15)
 
     def kill(self) -> None:

@@ -39,6 +39,32 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
             os._exit(7)
         case "memory":
             raise MemoryError
+        case "eat":
+            eaten = [b"x" * 20_000_000 for _ in range(100) if not threading.Event().wait(0.02)]
+            raise AssertionError(f"{len(eaten)} pieces of memory were to be had")
+        case "fill":
+            for k in range(2000):
+                (out / f"{k}").write_bytes(bytes(1_000_000))
+                threading.Event().wait(0.01)
+        case "grow":
+            with (out / "file").open("wb") as file:
+                for _ in range(2000):
+                    file.write(bytes(1_000_000))
+        case "fork":
+            for k in range(80):
+                subprocess.Popen(["sleep", "1000"], start_new_session=k % 2 == 0)
+            threading.Event().wait()
+        case "noise":
+            while True:
+                print("noise", "x" * 100)
+        case "stubborn":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            on_progress(Stage.SEARCHING, 50.0, 30.0, "blocked")
+            threading.Event().wait()
+        case "slow":  # ends a second after it is seen at work
+            on_progress(Stage.SEARCHING, 50.0, 1.0, "at work")
+            threading.Event().wait(1)
         case "bug":
             raise RuntimeError(f"secret {spec.examples[0].prompt} in {out}")
         case "refuse":

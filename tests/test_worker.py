@@ -8,7 +8,10 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
+from service.queue import LEASE_SECONDS
+from service.workforce import WorkerState, list_workers
 from tests.live import Api, WorkerProcess, wait_until
 
 
@@ -96,17 +99,62 @@ def test_errors_reach_the_user_in_words_and_secrets_do_not(api: Api, worker: Wor
     }
 
 
-def test_a_worker_that_is_stopped_hands_its_job_back(api: Api, worker: WorkerProcess, data: Path) -> None:
-    job_id = api.submit(metadata={"do": "once"})
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]])
+def test_a_worker_that_is_to_end_now_hands_its_job_back(
+    api: Api, worker: WorkerProcess, data: Path, signals: list[signal.Signals]
+) -> None:
+    job_id = api.submit(metadata={"do": "stubborn"})
     wait_until(lambda: api.job(job_id)["progress"]["stage"] == "searching", 30, "the job is at work")
     processes = worker.children()
     began = time.monotonic()
-    assert worker.terminate() == 0
+    for number in signals:
+        worker.signal(number)
+        wait_until(lambda: stopping_or_gone(api), 5, "the worker has heard it")
+    assert worker.wait() == 0
     assert time.monotonic() - began < 5
     assert not any(process.is_running() for process in processes)
     job = api.job(job_id)
     assert (job["status"], job["progress"]["queue_position"]) == ("queued", 1)
+    assert api.service.queue.redis.hget(f"c2i:job:{job_id}", "crashes") == b"0"
     assert list((data / "artifacts" / "work").iterdir()) == []
+
+
+def test_a_worker_that_is_to_end_lets_its_job_finish(api: Api, worker: WorkerProcess) -> None:
+    job_id = api.submit(metadata={"do": "slow"})
+    wait_until(lambda: api.job(job_id)["progress"]["stage"] == "searching", 30, "the job is at work")
+    other = api.submit()
+    assert worker.terminate() == 0
+    assert (api.job(job_id)["status"], api.job(other)["status"]) == ("succeeded", "queued")
+
+
+def test_a_worker_hands_its_job_back_when_the_grace_is_over(api: Api, data: Path) -> None:
+    worker = WorkerProcess(data, redis_url(data), env={"C2I_GRACE_SECONDS": "0.5"})
+    job_id = api.submit(metadata={"do": "block"})
+    wait_until(lambda: api.job(job_id)["progress"]["stage"] == "searching", 30, "the job is at work")
+    began = time.monotonic()
+    assert worker.terminate() == 0
+    assert 0.5 < time.monotonic() - began < 5
+    assert api.job(job_id)["status"] == "queued"
+
+
+def test_a_job_never_outlives_the_lease_of_its_frozen_worker(api: Api, worker: WorkerProcess, data: Path) -> None:
+    job_id = api.submit(metadata={"do": "block"})
+    wait_until(lambda: api.job(job_id)["progress"]["stage"] == "searching", 30, "the job is at work")
+    processes = worker.children()
+    worker.signal(signal.SIGSTOP)
+    lease = f"c2i:job:{job_id}:lease:1"
+    gone = wait_until(
+        lambda: (
+            not any(process.is_running() and process.status() != "zombie" for process in processes)
+            and api.service.queue.redis.pttl(lease)
+        ),
+        LEASE_SECONDS,
+        "the job's processes are gone while the lease holds",
+    )
+    assert gone > 500
+    worker.signal(signal.SIGCONT)
+    wait_until(lambda: api.job(job_id)["attempt"] == 2, 10, "the worker gives the job back and takes it again")
+    assert api.service.queue.redis.hget(f"c2i:job:{job_id}", "crashes") == b"0"
 
 
 def test_a_job_dies_with_its_killed_worker_and_is_queued_again_in_30_seconds(
@@ -150,6 +198,11 @@ def test_the_parent_has_no_thread_but_its_own(worker: WorkerProcess, api: Api) -
     assert api.job(api.submit(), wait=30)["status"] == "succeeded"
     # One thread: a fork copies the thread that calls it and the locks that others hold.
     assert psutil.Process(worker.pid).num_threads() == 1
+
+
+def stopping_or_gone(api: Api) -> bool:
+    workers = list_workers(api.service.queue.redis)
+    return all(worker.state is WorkerState.STOPPING for worker in workers)
 
 
 def redis_url(data: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import time
 from collections.abc import Callable
@@ -13,11 +14,12 @@ from redis.exceptions import RedisError
 
 from service import models
 from service.artifacts import ArtifactStore, disk_is_full
-from service.errors import C2IError, Conflict, InternalError, JobNotFound, OutOfMemory, Unavailable
+from service.errors import C2IError, Conflict, InternalError, JobNotFound, OutOfDisk, Unavailable
 from service.jobs import JobSpec, Progress, Stage
 from service.queue import JobQueue
 from service.reports import Report
 from service.settings import Settings
+from workers.limits import out_of_disk, out_of_memory
 from workers.memory import is_out_of_memory
 from workers.progress import OnProgress
 
@@ -25,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 # Progress within a stage is written no more often.
 PROGRESS_SECONDS = 0.5
-# How long a result waits for a Redis that restarts.
-PATIENCE_SECONDS = 60.0
+# Besides a copy of the model: the adapter, the report, tokenizer files.
+BESIDES_BYTES = 64 * 2**20
 
 
 class Adapt(Protocol):
@@ -44,6 +46,7 @@ def run_attempt(
     try:
         spec = store.get_input(job_id)
         model = models.resolve(settings.models, spec.model)
+        _check_disk(store, model, settings)
         with store.workspace(job_id, attempt) as out:
             progress = _progress_writer(queue, job_id, attempt)
             report = adapt(spec, model, out, cache=settings.cache, on_progress=progress)
@@ -55,11 +58,22 @@ def run_attempt(
     except RedisError:
         raise
     except Exception as error:
-        ours = explain(error)
+        ours = explain(error, settings)
         if ours is not error:
             logger.exception("%s, attempt %d, failed", job_id, attempt)
         with contextlib.suppress(Conflict, JobNotFound):
             _insist(lambda: queue.fail(job_id, attempt, ours))
+
+
+def _check_disk(store: ArtifactStore, model: models.Model, settings: Settings) -> None:
+    needed = model.bytes * 11 // 10 + BESIDES_BYTES
+    if needed > settings.job_disk_bytes:
+        raise OutOfDisk(
+            f"a copy of this model and what comes with it take {needed / 1e9:.1f} GB, and a job here may write "
+            f"{settings.job_disk_bytes / 1e9:.1f} GB: take a smaller model",
+            param="model",
+        )
+    store.check_room(needed)
 
 
 def _progress_writer(queue: JobQueue, job_id: str, attempt: int) -> OnProgress:
@@ -83,27 +97,29 @@ def _progress_writer(queue: JobQueue, job_id: str, attempt: int) -> OnProgress:
 
 
 def _insist(write: Callable[[], None]) -> None:
-    """Write a result even if Redis is away for a minute: hours of work hang on it."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    """Write a result even if Redis is away: hours of work hang on it. The lease's end ends this process."""
     while True:
         try:
             write()
         except RedisError:
-            if time.monotonic() > deadline:
-                raise
             time.sleep(0.5)
         else:
             return
 
 
-def explain(error: Exception) -> C2IError:
+def explain(error: Exception, settings: Settings) -> C2IError:
     """An exception of the adaptation, in words for its user. They hold no path and nothing of the examples."""
     if isinstance(error, C2IError):
         return error
     if is_out_of_memory(error):
-        return OutOfMemory(
-            "the job needed more memory than its worker has: send fewer or shorter examples, or take a smaller model"
-        )
+        return out_of_memory("the job needed more memory than its worker has")
+    if _is_over_quota(error):
+        return out_of_disk(settings.job_disk_bytes)
     if disk_is_full(error):
         return Unavailable("the server's disk is full")
     return InternalError("an internal error in the worker; its log has the details under the job's ID")
+
+
+def _is_over_quota(error: Exception) -> bool:
+    """Whether a file grew past the limit of `limit_this_process`. safetensors says so in words alone."""
+    return (isinstance(error, OSError) and error.errno == errno.EFBIG) or f"(os error {errno.EFBIG})" in str(error)

@@ -5,7 +5,8 @@ registries, results and commands are not used, nor its thread: the parent import
 child starts at once, but runs no tensor operation and no thread, that a fork is safe.
 
 A child dies with its parent (the kernel sees to it), the parent kills the child's process group when the job is
-cancelled, and the parent's lease on the job lapses when the parent is killed.
+cancelled or over a limit (`workers.limits`), and the parent's lease on the job lapses when the parent is killed or
+stopped, and the child with it (`workers.lease`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from types import FrameType
 
 import rq
@@ -32,13 +32,15 @@ from rq.worker import WorkerStatus
 
 from service import workforce
 from service.artifacts import ArtifactStore
-from service.errors import Conflict, JobNotFound
+from service.errors import C2IError, Conflict, JobNotFound
 from service.jobs import JobStatus
-from service.processes import die_with_parent
+from service.processes import adopt_orphans, die_with_parent
 from service.queue import JobQueue, connect
 from service.settings import Settings
 from service.workforce import WorkerInfo, WorkerState
 from workers.attempt import Adapt, run_attempt
+from workers.lease import Lease
+from workers.limits import Output, Watch, end_descendants, limit_this_process, out_of_memory
 from workers.machine import Machine, in_child, measure
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,8 @@ logger = logging.getLogger(__name__)
 LOOK_SECONDS = 0.25
 # How often it renews the lease: a write, which Redis syncs to disk.
 RENEW_SECONDS = 2.0
+# How long the end of a job waits for a Redis that restarts.
+PATIENCE_SECONDS = 60.0
 
 
 def work(settings: Settings, redis_url: str, adapt: Adapt, probe: Callable[[], Machine] = measure) -> None:
@@ -62,21 +66,19 @@ def work(settings: Settings, redis_url: str, adapt: Adapt, probe: Callable[[], M
     queue.check()
     store = ArtifactStore(settings.artifacts)
     info = _introduce(in_child(probe))
+    adopt_orphans()
     stopped = False
-    try:
+    with contextlib.suppress(StopRequested):  # between two rounds
         while not stopped:
             worker = Worker(queue, store, settings, adapt, info)
             try:
                 worker.work(logging_level="WARNING")
-            except StopRequested:  # between two rounds
-                return
             except RedisError as error:
                 logger.warning("Redis does not answer: %s", error)
                 time.sleep(1)
             stopped = worker.stopped
-    finally:
-        with contextlib.suppress(RedisError):
-            workforce.leave(queue.redis, info.id)
+    with contextlib.suppress(RedisError):
+        workforce.leave(queue.redis, info.id)
 
 
 def _introduce(machine: Machine) -> WorkerInfo:
@@ -111,7 +113,11 @@ class Worker(rq.Worker):
         self._adapt = adapt
         self._info = info
         self._busy = False
-        self._renewed = 0.0
+        self._grace_ends = float("inf")
+        # Of the attempt that runs.
+        self._lease = Lease()
+        self._output: Output
+        self._ended_for: C2IError | str | None = None
 
     @property
     def stopped(self) -> bool:
@@ -131,13 +137,14 @@ class Worker(rq.Worker):
         try:
             self._execute(job, queue)
         except RedisError as error:
-            logger.warning("cannot record the end of %s: %s; its lease lapses and it runs again", job.id, error)
+            logger.warning("cannot record what became of %s: %s; its lease lapses and it runs again", job.id, error)
         finally:
             self._busy = False
             self._info = self._info.model_copy(update={"job_id": None, "attempt": None})
 
     def _execute(self, job: rq.job.Job, queue: rq.Queue) -> None:
         job_id = job.args[0]
+        self._lease, self._ended_for = Lease(), None
         try:
             attempt = self._queue.start(job_id)
         except (Conflict, JobNotFound) as error:
@@ -148,25 +155,32 @@ class Worker(rq.Worker):
         job.args = (job_id, attempt)
         self.set_state(WorkerStatus.BUSY)
         self._info = self._info.model_copy(update={"job_id": job_id, "attempt": attempt})
+        self._output = Output()
         self.fork_work_horse(job, queue)
         # The child does the same: whoever comes first, no kill of the group can reach the parent.
         with contextlib.suppress(OSError):
             os.setpgid(self.horse_pid, self.horse_pid)
-        self._renewed = float("-inf")
+        watch = Watch(self.horse_pid, self._settings, lambda: self._store.workspace_bytes(job_id, attempt))
         try:
-            code = self._watch(job_id, attempt)
+            code = self._await_end(job_id, attempt, watch)
             self._store.clear_workspace(job_id, attempt)
-            self._settle(job_id, attempt, code)
+            self._settle(job_id, attempt, code, watch)
         finally:
             self._horse_pid = 0
+            self._output.close()
 
-    def _watch(self, job_id: str, attempt: int) -> int:
+    def _await_end(self, job_id: str, attempt: int, watch: Watch) -> int:
         """Keep the lease until the child has ended, and end it where the job is to stop; its exit code."""
         child = os.pidfd_open(self.horse_pid)
         poll = select.poll()
         poll.register(child, select.POLLIN)
+        renewed = float("-inf")
         try:
             while True:
+                self._output.pass_on()
+                if time.monotonic() - renewed > RENEW_SECONDS and self._renew(job_id, attempt):
+                    renewed = time.monotonic()
+                self._ended_for = self._ended_for or watch.breach()
                 if self._is_to_stop(job_id, attempt):
                     self.kill_horse()
                 if poll.poll(LOOK_SECONDS * 1000):
@@ -174,33 +188,63 @@ class Worker(rq.Worker):
         finally:
             os.close(child)
         _, status = os.waitpid(self.horse_pid, 0)
-        # Whatever the child had started.
-        self.kill_horse()
+        end_descendants()
         return os.waitstatus_to_exitcode(status)
 
-    def _is_to_stop(self, job_id: str, attempt: int) -> bool:
+    def _renew(self, job_id: str, attempt: int) -> bool:
+        now = time.monotonic()
         try:
-            if time.monotonic() - self._renewed > RENEW_SECONDS:
-                self._queue.renew_lease(job_id, attempt)
-                self.heartbeat()
-                self._renewed = time.monotonic()
-            status = self._queue.attempt_status(job_id, attempt)
+            self._queue.renew_lease(job_id, attempt)
+            self._lease.renewed(now)
+            self.heartbeat()
         except RedisError as error:
             logger.warning("Redis does not answer while %s runs: %s", job_id, error)
-            return self._stop_requested
-        return status in (None, JobStatus.CANCELLING) or self._stop_requested
+            return False
+        return True
 
-    def _settle(self, job_id: str, attempt: int, code: int) -> None:
-        """Record what the child could not record itself."""
-        status = self._queue.attempt_status(job_id, attempt)
-        with contextlib.suppress(Conflict, JobNotFound):
-            if status is JobStatus.CANCELLING:
-                self._queue.cancelled(job_id, attempt)
-            elif status is JobStatus.RUNNING and self._stop_requested:
-                self._queue.give_back(job_id, attempt, "its worker was stopped", crashed=False)
-            elif status is JobStatus.RUNNING:
-                self._queue.give_back(job_id, attempt, describe_exit(code), crashed=True)
+    def _is_to_stop(self, job_id: str, attempt: int) -> bool:
+        if time.monotonic() >= self._grace_ends:
+            self._ended_for = self._ended_for or "its worker was stopped"
+        if self._ended_for:
+            return True
+        try:
+            return self._queue.attempt_status(job_id, attempt) in (None, JobStatus.CANCELLING)
+        except RedisError:
+            return False
+
+    def _settle(self, job_id: str, attempt: int, code: int, watch: Watch) -> None:
+        """Record what the child could not record itself, when Redis is there again."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                with contextlib.suppress(Conflict, JobNotFound):
+                    self._record_end(job_id, attempt, code, watch)
+            except RedisError:
+                if self._stop_requested or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+            else:
+                break
         logger.info("%s, attempt %d, ended: %s", job_id, attempt, describe_exit(code))
+
+    def _record_end(self, job_id: str, attempt: int, code: int, watch: Watch) -> None:
+        status = self._queue.attempt_status(job_id, attempt)
+        reason, error = describe_exit(code), None
+        if status is JobStatus.CANCELLING:
+            self._queue.cancelled(job_id, attempt)
+        elif status is not JobStatus.RUNNING:
+            return
+        elif isinstance(self._ended_for, C2IError):
+            self._queue.fail(job_id, attempt, self._ended_for)
+        elif self._ended_for:
+            self._queue.give_back(job_id, attempt, self._ended_for, crashed=False)
+        elif self._lease.lapsed:
+            self._queue.give_back(job_id, attempt, "its worker was cut off for too long", crashed=False)
+        else:
+            if code == -signal.SIGKILL and watch.memory_ran_out():
+                reason = "the machine's memory ran out"
+                error = out_of_memory(f"{reason} when the job had {watch.peak_bytes / 1e9:.1f} GB of it")
+            self._queue.give_back(job_id, attempt, reason, crashed=True, error=error)
 
     def kill_horse(self, sig: signal.Signals = signal.SIGKILL) -> None:
         """Kill the child's process group, of which the parent is no member."""
@@ -208,7 +252,12 @@ class Worker(rq.Worker):
             os.killpg(self.horse_pid, sig)
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
-        """On SIGTERM: an idle worker ends at once, a busy one hands its job back first."""
+        """On SIGTERM an idle worker ends at once; a busy one lets its job run on for a time and then hands it back.
+
+        A second signal, or SIGINT, which comes from a terminal, ends the time.
+        """
+        hurried = self._stop_requested or signum == signal.SIGINT
+        self._grace_ends = float("-inf") if hurried else time.monotonic() + self._settings.grace_seconds
         self._stop_requested = True
         if not self._busy:
             raise StopRequested
@@ -216,13 +265,13 @@ class Worker(rq.Worker):
     def main_work_horse(self, job: rq.job.Job, queue: rq.Queue) -> None:
         """The child, from its first line to its last."""
         die_with_parent(self.pid or 0)
-        # Where memory runs out, this process is the one to go: not the API, not Redis.
-        with contextlib.suppress(OSError):
-            Path("/proc/self/oom_score_adj").write_text("800")
+        self._output.take_over()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         code = 1
         try:
+            self._lease.bind_this_process()
+            limit_this_process(self._settings)
             job_id, attempt = job.args
             run_attempt(self._queue, self._store, self._settings, self._adapt, job_id, attempt)
             code = 0

@@ -1,0 +1,127 @@
+"""A job over one of its limits ends by it and says so, and its worker goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.live import Api, WorkerProcess, wait_until
+from workers.lease import Lease
+from workers.limits import descendants, resident_bytes
+
+LIMITS = {"C2I_JOB_MEMORY_BYTES": "500000000", "C2I_JOB_DISK_BYTES": "90000000", "C2I_JOB_TIMEOUT_SECONDS": "20"}
+
+
+@pytest.fixture(scope="module")
+def limited(shared_api: Api, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
+    data = shared_api.settings.data
+    log = tmp_path_factory.mktemp("log") / "stderr"
+    process = WorkerProcess(data, f"unix://{data}/redis/redis.sock", LIMITS, log)
+    yield process
+    process.kill()
+    assert log.stat().st_size < 1_500_000, "a job's output is cut off"
+
+
+@pytest.mark.parametrize(
+    ("do", "code", "words"),
+    [
+        ("eat", "out_of_memory", "0.5 GB"),
+        ("fill", "out_of_disk", "0.1 GB"),
+        ("grow", "out_of_disk", "0.1 GB"),
+        ("fork", "internal_error", "64 processes"),
+    ],
+)
+def test_a_job_over_a_limit_fails_by_name_and_leaves_nothing(
+    shared_api: Api, limited: WorkerProcess, do: str, code: str, words: str
+) -> None:
+    job = shared_api.job(shared_api.submit(metadata={"do": do}), wait=30)
+    assert (job["status"], job["attempt"], job["error"]["code"]) == ("failed", 1, code), job
+    assert words in job["error"]["message"]
+    work = shared_api.settings.data / "artifacts" / "work"
+    wait_until(lambda: not limited.children() and not list(work.iterdir()), 5, "nothing of the job is left")
+    assert shared_api.job(shared_api.submit(), wait=30)["status"] == "succeeded"
+
+
+@pytest.mark.parametrize("do", ["stubborn", "noise"])
+def test_a_job_over_its_time_fails_whatever_it_does(api: Api, data: Path, tmp_path: Path, do: str) -> None:
+    log = tmp_path / "log"
+    worker = WorkerProcess(data, f"unix://{data}/redis/redis.sock", {"C2I_JOB_TIMEOUT_SECONDS": "2"}, log)
+    try:
+        job = api.job(api.submit(metadata={"do": do}), wait=30)
+        assert (job["status"], job["attempt"], job["error"]["code"]) == ("failed", 1, "timed_out")
+        assert "2 s" in job["error"]["message"]
+        assert worker.children() == []
+    finally:
+        worker.kill()
+    noise = log.read_bytes().count(b"noise")
+    assert (noise > 1000) == (do == "noise")
+    assert log.stat().st_size < 1_100_000
+
+
+def test_a_model_whose_copy_is_over_the_quota_is_refused_before_anything_is_written(api: Api, data: Path) -> None:
+    worker = WorkerProcess(data, f"unix://{data}/redis/redis.sock", {"C2I_JOB_DISK_BYTES": "60000000"})
+    try:
+        error: dict[str, Any] = api.job(api.submit(metadata={"do": "block"}), wait=30)["error"]
+    finally:
+        worker.kill()
+    assert (error["code"], error["param"]) == ("out_of_disk", "model")
+
+
+def forked(lease: Lease, work: str) -> int:
+    """A process bound to a lease."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setpgrp()
+            lease.bind_this_process()
+            if work == "holds the interpreter's lock":
+                sum(range(10**11))
+            time.sleep(60)
+        finally:
+            os._exit(0)
+    return child
+
+
+@pytest.mark.parametrize(
+    ("work", "number"), [("sleeps", signal.SIGKILL), ("holds the interpreter's lock", signal.SIGALRM)]
+)
+def test_a_process_ends_with_its_lease_whatever_it_does(work: str, number: signal.Signals) -> None:
+    lease = Lease()
+    child = forked(lease, work)
+    assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    lease.renewed(time.monotonic() - 14)  # of 18 s, the last three of which are no more the process's own
+    if work != "sleeps":
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        child = forked(lease, work)
+    began = time.monotonic()
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -number
+    assert 0.5 < time.monotonic() - began < 3
+
+
+def test_a_process_lives_as_long_as_its_lease_is_renewed() -> None:
+    lease = Lease()
+    lease.renewed(time.monotonic() - 14)
+    child = forked(lease, "sleeps")
+    lease.renewed(time.monotonic())
+    wait_until(lambda: psutil.Process(child).status() == "sleeping", 5, "it waits")
+    with pytest.raises(AssertionError):
+        wait_until(lambda: os.waitpid(child, os.WNOHANG)[0], 2.5, "it ends")
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def test_memory_and_processes_are_told_as_they_are() -> None:
+    before = resident_bytes(os.getpid())
+    held = b"x" * 50_000_000
+    assert len(held) * 0.9 < resident_bytes(os.getpid()) - before < len(held) * 1.5
+    assert resident_bytes(2**22 + 1) == 0
+    assert set(descendants(os.getpid())) == {child.pid for child in psutil.Process().children(recursive=True)}

@@ -1,0 +1,174 @@
+"""What a job may take: time, memory, disk, processes, output. Watched from outside, by the worker that forked it.
+
+A watch ends a job within a second of the breach and names it, whatever its code does. In between, the kernel stands
+behind: a process of a job is the first that it ends where the machine's memory is out, and no file of it grows past
+the quota.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from service.errors import C2IError, InternalError, OutOfDisk, OutOfMemory, TimedOut
+from service.settings import Settings
+
+# Processes and files are counted no more often.
+COUNT_SECONDS = 1.0
+# An adaptation starts none.
+MAX_PROCESSES = 64
+# What does not end within this is in the kernel's hands: a disk that hangs.
+END_SECONDS = 5.0
+# Of a job's standard output and error: more is a fault, and is dropped.
+MAX_OUTPUT_BYTES = 1_000_000
+# As much as a pipe holds, so that one read empties it.
+PIPE_BYTES = 65_536
+
+
+class Watch:
+    """One attempt's use of the machine against its limits."""
+
+    def __init__(self, pid: int, settings: Settings, disk_used: Callable[[], int]) -> None:
+        """
+        Args:
+            pid: the attempt's process.
+            disk_used: the bytes that its files take.
+        """
+        self._pid = pid
+        self._settings = settings
+        self._disk_used = disk_used
+        self._began = self._counted = time.monotonic()
+        self._oom_kills = (oom_kills(), oom_kills())
+        self.peak_bytes = 0
+
+    def breach(self) -> C2IError | None:
+        """The limit that is exceeded now, in words for the job's user."""
+        settings, now = self._settings, time.monotonic()
+        if now - self._began > settings.job_timeout_seconds:
+            return TimedOut(
+                f"the job ran for more than {settings.job_timeout_seconds:,} s, which is the limit here: send fewer or "
+                "shorter examples, ask for fewer passes, or take a smaller model"
+            )
+        processes = [self._pid]
+        if now - self._counted > COUNT_SECONDS:
+            self._counted = now
+            self._oom_kills = (self._oom_kills[1], oom_kills())
+            processes = descendants(os.getpid())
+            if len(processes) > MAX_PROCESSES:
+                return InternalError(f"the job started more than {MAX_PROCESSES} processes, which no adaptation does")
+            if self._disk_used() > settings.job_disk_bytes:
+                return out_of_disk(settings.job_disk_bytes)
+        used = sum(map(resident_bytes, processes))
+        self.peak_bytes = max(self.peak_bytes, used)
+        if settings.job_memory_bytes is not None and used > settings.job_memory_bytes:
+            return out_of_memory(f"the job took more memory than its limit, {settings.job_memory_bytes / 1e9:.1f} GB")
+        return None
+
+    def memory_ran_out(self) -> bool:
+        """Whether the kernel ended a process for want of memory in the last seconds."""
+        return oom_kills() > self._oom_kills[0]
+
+
+def end_descendants() -> None:
+    """Kill and reap every process below this one: what a job's process started, wherever it went."""
+    deadline = time.monotonic() + END_SECONDS
+    while (left := descendants(os.getpid())) and time.monotonic() < deadline:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def out_of_memory(what: str) -> OutOfMemory:
+    """The error of a job that needed too much memory, with what its user can do."""
+    return OutOfMemory(
+        f"{what}: send fewer or shorter examples, take a smaller model, or ask for a worker with more memory"
+    )
+
+
+def out_of_disk(limit: int) -> OutOfDisk:
+    """The error of a job that wrote too much."""
+    return OutOfDisk(f"the job wrote more than its limit of {limit / 1e9:.1f} GB: take a smaller model")
+
+
+def limit_this_process(settings: Settings) -> None:
+    """In a job's process, before it does anything."""
+    # Where memory runs out, this process is the one to go: not the API, not Redis.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("800")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (settings.job_disk_bytes, settings.job_disk_bytes))
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes below `pid`, also those that left its process group. Zombies are none."""
+    children: dict[int, list[int]] = {}
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):  # it ended
+            # pid (name) state parent ...: a name may hold anything.
+            state, parent = Path(entry.path, "stat").read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                children.setdefault(int(parent), []).append(int(entry.name))
+    found, level = list[int](), [pid]
+    while level:
+        level = [child for parent in level for child in children.get(parent, ())]
+        found += level
+    return found
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory that a process has written to. Pages of files are not counted: the kernel takes them back at will."""
+    total = 0
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith(("RssAnon:", "RssShmem:")):
+                total += int(line.split()[1]) * 1024
+    return total
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has ended for want of memory since the machine started."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+class Output:
+    """A job's standard output and error, passed on to the worker's own up to a limit: no job fills a disk with it."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        self._left = MAX_OUTPUT_BYTES
+
+    def take_over(self) -> None:
+        """In the child: write into it."""
+        for descriptor in (1, 2):
+            os.dup2(self._writer, descriptor)
+
+    def pass_on(self) -> None:
+        """In the parent: what has come since. A child that writes faster than it is asked waits."""
+        with contextlib.suppress(BlockingIOError):
+            text = os.read(self._reader, PIPE_BYTES)
+            os.write(2, text[: self._left])
+            if 0 < self._left <= len(text):
+                os.write(2, b"\n... the job's further output is dropped\n")
+            self._left = max(0, self._left - len(text))
+
+    def close(self) -> None:
+        """Pass on the rest, and end."""
+        self.pass_on()
+        os.close(self._reader)
+        os.close(self._writer)
