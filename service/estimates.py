@@ -1,0 +1,169 @@
+"""What a job will take: seconds of a worker, its memory, and room on the disk, told before any work is done.
+
+The arithmetic of an adaptation is known: a forward costs 2 operations for each weight of the blocks and each token,
+a backward to the activations as many, the effects of one pass 4 r for each token and matrix of rank r. What
+the tokens are, the examples say; how many operations a second a worker does, it has measured itself. The constants
+below are how much of the rest there is beside the arithmetic; `tests/test_estimates.py` holds the sum within a factor
+of two of what a job on a real model took.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from service.strict import Strict
+
+# Of a block's matrices, as every architecture names its layers: `model.layers.7.mlp.up_proj.weight`.
+IN_BLOCK = re.compile(r"\.\d+\.")
+# A pass tries about so many candidates, on a part of the selection split where that leaves enough to judge them by
+# (`workers.search`), and the best of them on all of it, beside the model as it stood.
+CANDIDATES = 10
+JUDGED_IN_PART_FROM = 96
+PART_JUDGED = 0.25
+JUDGED_WHOLE = 2.0
+# Most jobs end before their last pass: the fraction of the passes behind the first that run.
+LATER_PASSES = 0.6
+# Of the neutral text that drift is measured on, in tokens; read again for each plan.
+NEUTRAL_TOKENS = 1_130
+# Operations of a symmetric eigendecomposition in float64, beside n^3; and its speed beside a float32 product's.
+EIGENVECTORS = 9.0
+FLOAT64 = 0.12
+# Batches of a few hundred rows do not reach what a large square product does.
+EFFICIENCY = 0.75
+# Bytes a second read, hashed and written with a sync.
+DISK_SPEED = 400e6
+# The libraries in a process, before a model.
+LIBRARIES_BYTES = 500_000_000
+# Tokens in a batch and logits at once (`workers.examples`); what a batch keeps, beside each matrix's input and output.
+BATCH_TOKENS = 1024
+LOGITS = 2**26
+ACTIVATIONS = 1.3
+# An adapter's bytes beside the model's.
+ADAPTER = 0.02
+# Without a worker to ask: a current server core.
+ASSUMED_SPEED = 50e9
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model, as far as its weights' headers tell."""
+
+    block_parameters: int
+    """Of the matrices in blocks: what every token passes."""
+    squared_ranks: int
+    """Sum of rank^2 over those: what effects cost a token, and the numbers that a decomposition keeps."""
+    cubed_ranks: int
+    """Sum of rank^3: what a decomposition costs."""
+    gram: int
+    """Sum of rank^2 x the longer side: what their Gram matrices cost."""
+    widths: int
+    """Sum of both sides: the numbers that a token leaves behind for the backward."""
+    head_parameters: int
+    """Of the matrix that makes logits."""
+    parameters: int
+    bytes: int
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, ...]], bytes: int) -> Size:
+        """Sizes of a model by the shapes of its tensors."""
+        matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and IN_BLOCK.search(name)]
+        others = [shape for name, shape in shapes.items() if len(shape) == 2 and not IN_BLOCK.search(name)]
+        return cls(
+            block_parameters=sum(a * b for a, b in matrices),
+            squared_ranks=sum(min(shape) ** 2 for shape in matrices),
+            cubed_ranks=sum(min(shape) ** 3 for shape in matrices),
+            gram=sum(min(shape) ** 2 * max(shape) for shape in matrices),
+            widths=sum(a + b for a, b in matrices),
+            head_parameters=max((a * b for a, b in others), default=0),
+            parameters=sum(_product(shape) for shape in shapes.values()),
+            bytes=bytes,
+        )
+
+
+@dataclass(frozen=True)
+class Load:
+    """A split in tokens."""
+
+    rows: int
+    tokens: int
+    """Of prompts and all answers, a shared prompt counted once."""
+    answers: int
+    """Of answers alone: positions that logits are needed at."""
+
+
+@dataclass(frozen=True)
+class Loads:
+    """A job's three splits; under cross-fitting the first two are the same rows."""
+
+    gradient: Load
+    selection: Load
+    test: Load
+    backwards_a_pass: int
+    """Of passes behind the first: one for each fold and one for the result."""
+
+
+class Estimate(Strict):
+    """What a job would take, from its examples, the model's shapes and a worker's own measure of its speed."""
+
+    seconds: float = Field(description="Of a worker, from start to end; waiting in the queue is not in it.")
+    stages: dict[str, float] = Field(description="Seconds by stage.")
+    memory_bytes: int = Field(description="Most that the job's process will hold.")
+    disk_bytes: int = Field(description="Written and kept: model, adapter and, the first time, decompositions.")
+    tokens: int = Field(description="Of all splits, a shared prompt counted once.")
+    measured_speed: bool = Field(description="Whether a worker has told its speed; else a server core is assumed.")
+
+
+def estimate(size: Size, loads: Loads, passes: int, *, speed: float | None, decomposed: bool) -> Estimate:
+    """What an adaptation by `components` takes.
+
+    Args:
+        passes: the most that the job asks for.
+        speed: operations a second of a float32 product on a worker; None where no worker has told.
+        decomposed: the model's decompositions are in the cache.
+    """
+    rate = (speed or ASSUMED_SPEED) * EFFICIENCY
+    expected = 1 + LATER_PASSES * (passes - 1)
+    backwards = 1 + LATER_PASSES * (passes - 1) * loads.backwards_a_pass
+    fb = 2 * _forward(size, loads.gradient)
+    effects = 4 * size.squared_ranks * loads.gradient.tokens
+    part = PART_JUDGED if loads.selection.rows >= JUDGED_IN_PART_FROM else 1.0
+    evaluations = CANDIDATES * part + JUDGED_WHOLE
+    neutral = 2 * (size.block_parameters + size.head_parameters) * NEUTRAL_TOKENS
+    plans = 2 if passes == 1 else 3
+    reading = size.bytes / DISK_SPEED
+    decomposing = (2 * size.gram + EIGENVECTORS * size.cubed_ranks) / (rate * FLOAT64)
+    stages = {
+        "loading": 2.0 + reading,
+        "decomposing": 4 * size.squared_ranks / DISK_SPEED if decomposed else decomposing,
+        "backward": backwards * (fb + effects) / rate,
+        "searching": expected * evaluations * _forward(size, loads.selection) / rate,
+        "verifying": (plans * _forward(size, loads.test) + (plans + 1) * neutral) / rate,
+        "publishing": 2.0 + 4 * reading,
+    }
+    spectra = 4 * size.squared_ranks
+    weights = 4 * size.parameters
+    batch = min(BATCH_TOKENS, loads.gradient.tokens)
+    activations = int(ACTIVATIONS * 4 * size.widths * batch) + 2 * 4 * LOGITS
+    return Estimate(
+        seconds=round(sum(stages.values()), 1),
+        stages={stage: round(seconds, 1) for stage, seconds in stages.items()},
+        memory_bytes=LIBRARIES_BYTES + weights + spectra + max(activations, 2 * weights),
+        disk_bytes=int((1 + ADAPTER) * size.bytes) + (0 if decomposed else spectra),
+        tokens=loads.gradient.tokens + loads.selection.tokens + loads.test.tokens,
+        measured_speed=speed is not None,
+    )
+
+
+def _forward(size: Size, load: Load) -> float:
+    return 2.0 * (size.block_parameters * load.tokens + size.head_parameters * load.answers)
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total
