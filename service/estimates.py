@@ -15,6 +15,11 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
+from service.division import FOLDS, divide
+from service.jobs import JobSpec
+from service.lengths import Tokens, count
+from service.models import Model
+from service.strategies import ComponentsOptions, LaserOptions, StrategyOptions
 from service.strict import Strict
 
 # Of a block's matrices, as every architecture names its layers: `model.layers.7.mlp.up_proj.weight`.
@@ -25,6 +30,8 @@ CANDIDATES = 10
 JUDGED_IN_PART_FROM = 96
 PART_JUDGED = 0.25
 JUDGED_WHOLE = 2.0
+# A candidate of a grid changes one matrix, and is run from its block on.
+GRID_CANDIDATE = 0.6
 # Most jobs end before their last pass: the fraction of the passes behind the first that run.
 LATER_PASSES = 0.6
 # Of the neutral text that drift is measured on, in tokens; read again for each plan.
@@ -52,6 +59,8 @@ ASSUMED_SPEED = 50e9
 class Size:
     """A model, as far as its weights' headers tell."""
 
+    matrices: int
+    """In blocks: those that may lose components."""
     block_parameters: int
     """Of the matrices in blocks: what every token passes."""
     squared_ranks: int
@@ -73,6 +82,7 @@ class Size:
         matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and IN_BLOCK.search(name)]
         others = [shape for name, shape in shapes.items() if len(shape) == 2 and not IN_BLOCK.search(name)]
         return cls(
+            matrices=len(matrices),
             block_parameters=sum(a * b for a, b in matrices),
             squared_ranks=sum(min(shape) ** 2 for shape in matrices),
             cubed_ranks=sum(min(shape) ** 3 for shape in matrices),
@@ -85,25 +95,41 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Load:
-    """A split in tokens."""
-
-    rows: int
-    tokens: int
-    """Of prompts and all answers, a shared prompt counted once."""
-    answers: int
-    """Of answers alone: positions that logits are needed at."""
-
-
-@dataclass(frozen=True)
 class Loads:
-    """A job's three splits; under cross-fitting the first two are the same rows."""
+    """A job's three splits in tokens; under cross-fitting the first two are the same rows."""
 
-    gradient: Load
-    selection: Load
-    test: Load
+    gradient: Tokens
+    selection: Tokens
+    test: Tokens
     backwards_a_pass: int
-    """Of passes behind the first: one for each fold and one for the result."""
+    """Of passes behind the first: one for each fold and one for the result, where folds judge."""
+
+    @classmethod
+    def of(cls, spec: JobSpec, model: Model) -> Loads:
+        """What the worker will make of a job's examples, without dealing them out."""
+        lists = {"examples": spec.examples, "validation": spec.validation, "test": spec.test}
+        found = {name: count(model, examples) for name, examples in lists.items() if examples is not None}
+        examples, validation, test = (found.get(name, NOTHING) for name in lists)
+        rule = divide(examples.rows, *(found[name].rows if name in found else None for name in ("validation", "test")))
+        if rule.cross_fit:
+            pool = _sum(examples, validation)
+            return cls(pool, pool, test, FOLDS + 1)
+        parts = {
+            **{name: _share(examples, share) for name, share in rule.examples.items()},
+            **{name: _share(validation, share) for name, share in rule.validation.items()},
+        }
+        return cls(parts.get("gradient", examples), parts.get("selection", validation), parts.get("test", test), 1)
+
+
+NOTHING = Tokens(0, 0, 0)
+
+
+def _share(tokens: Tokens, share: float) -> Tokens:
+    return Tokens(*(round(share * n) for n in (tokens.rows, tokens.total, tokens.answers)))
+
+
+def _sum(a: Tokens, b: Tokens) -> Tokens:
+    return Tokens(a.rows + b.rows, a.total + b.total, a.answers + b.answers)
 
 
 class Estimate(Strict):
@@ -117,21 +143,21 @@ class Estimate(Strict):
     measured_speed: bool = Field(description="Whether a worker has told its speed; else a server core is assumed.")
 
 
-def estimate(size: Size, loads: Loads, passes: int, *, speed: float | None, decomposed: bool) -> Estimate:
-    """What an adaptation by `components` takes.
+def estimate(
+    size: Size, loads: Loads, passes: int, options: StrategyOptions, *, speed: float | None, decomposed: bool
+) -> Estimate:
+    """What an adaptation takes.
 
     Args:
         passes: the most that the job asks for.
+        options: of its strategy.
         speed: operations a second of a float32 product on a worker; None where no worker has told.
         decomposed: the model's decompositions are in the cache.
     """
     rate = (speed or ASSUMED_SPEED) * EFFICIENCY
     expected = 1 + LATER_PASSES * (passes - 1)
     backwards = 1 + LATER_PASSES * (passes - 1) * loads.backwards_a_pass
-    fb = 2 * _forward(size, loads.gradient)
-    effects = 4 * size.squared_ranks * loads.gradient.tokens
-    part = PART_JUDGED if loads.selection.rows >= JUDGED_IN_PART_FROM else 1.0
-    evaluations = CANDIDATES * part + JUDGED_WHOLE
+    effects = 4 * size.squared_ranks * loads.gradient.total
     neutral = 2 * (size.block_parameters + size.head_parameters) * NEUTRAL_TOKENS
     plans = 2 if passes == 1 else 3
     reading = size.bytes / DISK_SPEED
@@ -139,27 +165,43 @@ def estimate(size: Size, loads: Loads, passes: int, *, speed: float | None, deco
     stages = {
         "loading": 2.0 + reading,
         "decomposing": 4 * size.squared_ranks / DISK_SPEED if decomposed else decomposing,
-        "backward": backwards * (fb + effects) / rate,
-        "searching": expected * evaluations * _forward(size, loads.selection) / rate,
+        "backward": backwards * (forward_backward(size, loads) + effects) / rate,
+        "searching": expected * _evaluations(size, loads, options) * _forward(size, loads.selection) / rate,
         "verifying": (plans * _forward(size, loads.test) + (plans + 1) * neutral) / rate,
         "publishing": 2.0 + 4 * reading,
     }
     spectra = 4 * size.squared_ranks
     weights = 4 * size.parameters
-    batch = min(BATCH_TOKENS, loads.gradient.tokens)
+    batch = min(BATCH_TOKENS, loads.gradient.total)
     activations = int(ACTIVATIONS * 4 * size.widths * batch) + 2 * 4 * LOGITS
     return Estimate(
         seconds=round(sum(stages.values()), 1),
         stages={stage: round(seconds, 1) for stage, seconds in stages.items()},
         memory_bytes=LIBRARIES_BYTES + weights + spectra + max(activations, 2 * weights),
         disk_bytes=int((1 + ADAPTER) * size.bytes) + (0 if decomposed else spectra),
-        tokens=loads.gradient.tokens + loads.selection.tokens + loads.test.tokens,
+        tokens=loads.gradient.total + loads.selection.total + loads.test.total,
         measured_speed=speed is not None,
     )
 
 
-def _forward(size: Size, load: Load) -> float:
-    return 2.0 * (size.block_parameters * load.tokens + size.head_parameters * load.answers)
+def forward_backward(size: Size, loads: Loads) -> float:
+    """Operations of one forward and backward to the activations over the gradient split: one FB."""
+    return 2 * _forward(size, loads.gradient)
+
+
+def _evaluations(size: Size, loads: Loads, options: StrategyOptions) -> float:
+    """Forwards over the selection split in a pass."""
+    if isinstance(options, ComponentsOptions):
+        part = PART_JUDGED if loads.selection.rows >= JUDGED_IN_PART_FROM else 1.0
+        return CANDIDATES * part + JUDGED_WHOLE
+    if isinstance(options, LaserOptions):
+        grid = size.matrices * len(options.retentions)
+        return GRID_CANDIDATE * min(options.sample or grid, grid) + 1
+    return GRID_CANDIDATE * options.matrices * len(options.retentions) * len(options.row_blocks) + 1
+
+
+def _forward(size: Size, load: Tokens) -> float:
+    return 2.0 * (size.block_parameters * load.total + size.head_parameters * load.answers)
 
 
 def _product(shape: tuple[int, ...]) -> int:

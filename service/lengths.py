@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ MARGIN_TOKENS = 64
 GROWTH = {"Prepend": 1, "Strip": 1, "StripAccents": 1, "NFC": 4, "NFD": 4, "NFKC": 11, "NFKD": 11, "Lowercase": 2}
 # A blank becomes U+2581, of three bytes, and as many tokens where the vocabulary lacks it.
 METASPACE_GROWTH = 3
+# Of English in a vocabulary of today.
+BYTES_A_TOKEN = 4
 
 
 def check_lengths(model: Model, spec: JobSpec) -> None:
@@ -68,6 +71,32 @@ def check_lengths(model: Model, spec: JobSpec) -> None:
     for (at, _), tokens in zip(long, _count(tokenizer, whole), strict=True):
         if special + tokens > limit:
             raise too_long(at, special + tokens, limit)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A list of examples in tokens."""
+
+    rows: int
+    total: int
+    """Of prompts and all answers, each prompt counted once."""
+    answers: int
+    """Of answers alone."""
+
+
+def count(model: Model, examples: Sequence[Example]) -> Tokens:
+    """The tokens of examples; where the model has no `tokenizer.json`, one for each four bytes."""
+    answers = [answer for example in examples for answer in _answers(example)]
+    texts = list(dict.fromkeys([*(example.prompt for example in examples), *answers]))
+    path = model.folder / "tokenizer.json"
+    if path.is_file():
+        status = path.stat()
+        counted = _count(_tokenizer(path, status.st_size, status.st_mtime_ns), texts)
+    else:
+        counted = [-(-len(text.encode()) // BYTES_A_TOKEN) for text in texts]
+    length = dict(zip(texts, counted, strict=True))
+    of_answers = sum(length[answer] for answer in answers)
+    return Tokens(len(examples), sum(length[example.prompt] for example in examples) + of_answers, of_answers)
 
 
 def _count(tokenizer: Tokenizer, texts: list[str]) -> list[int]:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -46,6 +46,8 @@ class Model:
     architecture: str
     context_length: int | None
     parameters: int
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of each tensor by its name."""
     dtype: str
     bytes: int
     chat: bool
@@ -110,7 +112,7 @@ def _read(root: Path, model_id: str, files: tuple[tuple[str, int, int], ...]) ->
     if "auto_map" in _keys(tokenizer_config):
         raise _unusable("its tokenizer_config.json has an `auto_map`, that is, code of its own, which is never run")
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    parameters, dtypes = 0, dict[str, int]()
+    parameters, dtypes, shapes = 0, dict[str, int](), dict[str, tuple[int, ...]]()
     for path in weight_files(folder):
         header = _read_header(path)
         digest.update(path.name.encode())
@@ -119,6 +121,7 @@ def _read(root: Path, model_id: str, files: tuple[tuple[str, int, int], ...]) ->
             if name != "__metadata__":
                 count = math.prod(tensor["shape"])
                 parameters += count
+                shapes[name] = tuple(tensor["shape"])
                 dtypes[tensor["dtype"]] = dtypes.get(tensor["dtype"], 0) + count
     commit = folder / REVISION_FILE
     return Model(
@@ -128,6 +131,7 @@ def _read(root: Path, model_id: str, files: tuple[tuple[str, int, int], ...]) ->
         architecture=str(next(iter(config.get("architectures") or ()), config.get("model_type", "unknown"))),
         context_length=context_length(config),
         parameters=parameters,
+        shapes=shapes,
         dtype=max(dtypes, key=lambda name: dtypes[name], default="unknown"),
         bytes=sum(size for _, size, _ in files),
         chat=bool(tokenizer_config.get("chat_template")) or (folder / "chat_template.jinja").is_file(),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from service import models
+from service.estimates import EFFICIENCY, Loads, Size, estimate, forward_backward
 from service.jobs import Example, JobSpec, Objective, PromptFormat
 from service.reports import Report
 from service.settings import Settings
@@ -81,3 +82,17 @@ def test_an_adaptation_lowers_the_loss(smollm2: Path, tmp_path: Path) -> None:
     assert report.verification.model < 1e-3
     # A small adapter of a large model.
     assert report.cost.adapter_bytes < report.cost.model_bytes / 20
+    check_estimate(spec, model, report)
+
+
+def check_estimate(spec: JobSpec, model: models.Model, report: Report) -> None:
+    """What `dry_run` tells is within a factor of two of what the job took, told the speed that the job ran at."""
+    size, loads = Size.of(model.shapes, model.bytes), Loads.of(spec, model)
+    speed = forward_backward(size, loads) / report.cost.fb_seconds / EFFICIENCY
+    told = estimate(size, loads, spec.passes, spec.options, speed=speed, decomposed=True)
+    stages = {name: seconds for name, seconds in report.cost.stages.items() if name != "decomposing"}
+    took = sum(stages.values())
+    assert took / 2 < told.seconds < 2 * took, (told.stages, stages)
+    assert report.cost.peak_memory_bytes / 2 < told.memory_bytes < 2 * report.cost.peak_memory_bytes
+    written = report.cost.adapter_bytes + report.cost.model_bytes
+    assert written / 2 < told.disk_bytes < 2 * written

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from service import decomposed
 from service.errors import UnusableModel
 from service.jobs import Example, JobSpec, PromptFormat, Stage
 from service.masks import check_masks
@@ -64,8 +65,9 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
         layout = layout_for(base, [*splits.pool, *splits.test])
 
     with progress.stage(Stage.DECOMPOSING, "decomposing the weights"):
-        spectra_cache = SpectrumCache(cache / "spectra")
+        spectra_cache = SpectrumCache(cache / decomposed.SPECTRA)
         spectra = _decompose(targets, spectra_cache, progress)
+        decomposed.note(cache, model.revision, spectra_cache.used)
 
     subject = Subject(base.model, targets, spectra, spec.objective, layout, spectra_cache.get)
     neutral = NeutralText(

@@ -92,12 +92,15 @@ class SpectrumCache:
     def __init__(self, folder: Path, limit_bytes: int = CACHE_LIMIT_BYTES) -> None:
         self.folder = folder
         self.limit_bytes = limit_bytes
+        self.used: dict[str, None] = {}
+        """Names of the files of all that was asked for, in that order."""
         folder.mkdir(parents=True, exist_ok=True)
         self._drop_leftovers()
 
     def get(self, W: Tensor) -> Spectrum:
         """The spectrum of W (out, in): read if it is here, else computed and kept."""
         path = self.folder / _key(W)
+        self.used[path.name] = None
         spectrum = _read(path)
         if spectrum is None:
             spectrum = decompose(W)

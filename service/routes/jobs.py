@@ -6,10 +6,12 @@ import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from service import lengths, masks, models
+from service.decomposed import is_decomposed
 from service.errors import (
     Conflict,
     InvalidInput,
@@ -19,12 +21,14 @@ from service.errors import (
     UnsupportedMediaType,
     UnusableModel,
 )
+from service.estimates import Estimate, Loads, Size, estimate
 from service.idempotency import Claim
 from service.jobs import Job, JobSpec
 from service.queue import check_job_id, new_job_id
 from service.routes.authentication import Caller, Reader, Submitter
 from service.routes.dependencies import IdempotencyKey, Service, TheService, documented
 from service.settings import MAX_BODY_BYTES
+from service.workforce import list_workers
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -58,7 +62,11 @@ def body_schema() -> dict[str, Any]:
 @router.post(
     "",
     status_code=202,
-    responses=documented(InvalidInput, UnusableModel, ModelNotFound, Conflict, PayloadTooLarge, UnsupportedMediaType),
+    response_model=Job,
+    responses={
+        200: {"model": Estimate, "description": "With `dry_run`: what the job would take. Nothing is queued."},
+        **documented(InvalidInput, UnusableModel, ModelNotFound, Conflict, PayloadTooLarge, UnsupportedMediaType),
+    },
     openapi_extra={"requestBody": body_schema()},
 )
 async def create_job(
@@ -67,7 +75,8 @@ async def create_job(
     response: Response,
     service: TheService,
     idempotency_key: IdempotencyKey = None,
-) -> Job:
+    dry_run: Annotated[bool, Query(description="Check the job and tell what it would take; queue nothing.")] = False,
+) -> Any:
     """Queue an adaptation. Everything that can be known without the model's weights is checked first.
 
     With an `Idempotency-Key` that has created a job already, that job comes back, and `Idempotent-Replayed: true`.
@@ -75,6 +84,8 @@ async def create_job(
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise UnsupportedMediaType("the body must be JSON with `Content-Type: application/json`")
     body = await _read_body(request)
+    if dry_run:
+        return JSONResponse((await run_in_threadpool(_estimate, service, body)).model_dump())
     claim = Claim.of(caller.owner, idempotency_key, body) if idempotency_key else None
     job, created = await run_in_threadpool(_create, service, caller, body, claim)
     if not created:
@@ -108,14 +119,33 @@ def _too_large() -> PayloadTooLarge:
     return PayloadTooLarge(f"the body is over {MAX_BODY_BYTES:,} bytes; send fewer or shorter examples")
 
 
-def _create(service: Service, caller: Caller, body: bytes, claim: Claim | None) -> tuple[Job, bool]:
-    """A job, and whether this request created it."""
-    if claim and (earlier := service.queue.find_claimed(claim)):
-        return earlier, False
+def _check(service: Service, body: bytes) -> tuple[JobSpec, models.Model]:
     spec = JobSpec.parse_json(body)
     model = models.resolve(service.settings.models, spec.model)
     masks.check_masks(model, spec)
     lengths.check_lengths(model, spec)
+    return spec, model
+
+
+def _estimate(service: Service, body: bytes) -> Estimate:
+    spec, model = _check(service, body)
+    speeds = [info.speed for info in list_workers(service.queue.redis) if info.speed is not None]
+    return estimate(
+        Size.of(model.shapes, model.bytes),
+        Loads.of(spec, model),
+        spec.passes,
+        spec.options,
+        # The slowest: any of them may take the job.
+        speed=min(speeds) * 1e9 if speeds else None,
+        decomposed=is_decomposed(service.settings.cache, model.revision),
+    )
+
+
+def _create(service: Service, caller: Caller, body: bytes, claim: Claim | None) -> tuple[Job, bool]:
+    """A job, and whether this request created it."""
+    if claim and (earlier := service.queue.find_claimed(claim)):
+        return earlier, False
+    spec, _ = _check(service, body)
     job_id = new_job_id()
     service.store.put_input(job_id, spec)
     try:
