@@ -16,9 +16,11 @@ logger = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
-# A child that ends sooner is started again only after a pause that doubles up to the second figure.
+# A child that ends sooner than the last figure is started again only after a pause that doubles: up to the second
+# where it was killed, up to the third where it ended by itself, since it will do so again.
 RESTART_SECONDS = 0.2
 LONGEST_RESTART_SECONDS = 5.0
+LONGEST_FAILURE_SECONDS = 60.0
 STABLE_SECONDS = 10.0
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -57,6 +59,7 @@ class Child:
         self._pass_fds = tuple(pass_fds)
         self._stopping = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
+        self._told: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     @property
@@ -69,18 +72,22 @@ class Child:
         """Start the process, and again whenever it ends."""
         self._thread.start()
 
-    def request_stop(self) -> None:
+    def request_stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Ask it to end, without waiting."""
         self._stopping.set()
-        self._signal(signal.SIGTERM)
+        self._told = self._process
+        self._signal(number)
 
     def stop(self, timeout: float) -> None:
-        """Ask it to end, kill it after `timeout` seconds; it is gone on return."""
-        self.request_stop()
+        """Ask it to end, if that was not done yet, and kill it after `timeout` seconds; it is gone on return."""
+        self._stopping.set()
         deadline = time.monotonic() + timeout
         while self._thread.is_alive():
+            if self._process is not self._told:  # also one that was started at this very moment
+                self.request_stop()
             self._thread.join(0.25)
-            self._signal(signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL)
+            if time.monotonic() > deadline:
+                self._signal(signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> None:
         process = self._process
@@ -90,7 +97,7 @@ class Child:
     def _run(self) -> None:
         pause = RESTART_SECONDS
         while not self._stopping.is_set():
-            began = time.monotonic()
+            began, longest = time.monotonic(), LONGEST_FAILURE_SECONDS
             try:
                 self._process = subprocess.Popen(  # noqa: S603 - the callers' own commands
                     self._command,
@@ -102,12 +109,14 @@ class Child:
                     preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - calls prctl and getppid only
                 )
             except OSError as error:
-                logger.error("%s cannot be started: %s", self.name, error)
+                problem = f"{self.name} cannot be started: {error}"
             else:
                 code = self._process.wait()
                 if self._stopping.is_set():
                     return
-                logger.warning("%s ended with code %d; starting it again", self.name, code)
-            pause = RESTART_SECONDS if time.monotonic() - began > STABLE_SECONDS else pause
+                longest = LONGEST_RESTART_SECONDS if code < 0 else LONGEST_FAILURE_SECONDS
+                problem = f"{self.name} ended with code {code}"
+            pause = RESTART_SECONDS if time.monotonic() - began > STABLE_SECONDS else min(pause, longest)
+            logger.warning("%s; starting it again in %.1f s", problem, pause)
             self._stopping.wait(pause)
-            pause = min(2 * pause, LONGEST_RESTART_SECONDS)
+            pause *= 2

@@ -20,7 +20,7 @@ from service.processes import Child
 from service.settings import Settings
 from service.watching import Watcher
 
-# A worker kills its job's process and hands the job back: no more than a few round trips.
+# When the grace period is over, a worker kills its job's process and hands the job back: a few round trips.
 WORKER_STOP_SECONDS = 10.0
 # Open downloads are cut off after this.
 CONNECTION_STOP_SECONDS = 2
@@ -39,7 +39,7 @@ def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
             'the workers\' packages are not installed: `pip install "compress-to-impress[worker]"`, or serve the API '
             "alone with --workers 0"
         )
-    with _orderly_exit(), ExitStack() as stack:
+    with _orderly_exit() as ending, ExitStack() as stack:
         listener = stack.enter_context(listen(settings.host, settings.port))
         settings.data.mkdir(parents=True, exist_ok=True)
         redis_url = settings.redis_url
@@ -53,11 +53,12 @@ def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
         if settings.keys_in_force:
             app.state.service.keys.check_any_usable()
         workers = [_worker(number, settings, redis_url) for number in range(1, settings.workers + 1)]
+        ending.workers = workers
         # All are told to stop before any is waited for, and all are gone before Redis stops.
         for worker in workers:
-            stack.callback(worker.stop, WORKER_STOP_SECONDS)
+            stack.callback(worker.stop, settings.grace_seconds + WORKER_STOP_SECONDS)
+        stack.callback(ending.stop_workers)
         for worker in workers:
-            stack.callback(worker.request_stop)
             worker.start()
         host, port = listener.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -115,17 +116,38 @@ def _worker(number: int, settings: Settings, redis_url: str) -> Child:
     )
 
 
-@contextmanager
-def _orderly_exit() -> Iterator[None]:
-    """SIGTERM and SIGINT unwind what was started, once; while it unwinds, more of them change nothing."""
-    signals = (signal.SIGTERM, signal.SIGINT)
+class _Ending:
+    """How the service is told to end, by SIGTERM and SIGINT.
 
-    def leave(signum: int, frame: FrameType | None) -> None:
-        for number in signals:
-            signal.signal(number, signal.SIG_IGN)
+    SIGTERM comes from a supervisor: workers finish their jobs within the grace period. SIGINT comes from a person at a
+    terminal, who does not wait: jobs are handed back at once and run again when the service does. So does a second
+    signal of either kind.
+    """
+
+    def __init__(self) -> None:
+        self.workers: list[Child] = []
+        self._told = False
+        self._hurried = False
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        self._hurried = self._told or signum == signal.SIGINT
+        if self._told:
+            self.stop_workers()
+            return
+        self._told = True
         raise SystemExit(0)
 
-    for number in signals:
-        signal.signal(number, leave)
+    def stop_workers(self) -> None:
+        """Tell all to stop, at once or in their time."""
+        for worker in self.workers:
+            worker.request_stop(signal.SIGINT if self._hurried else signal.SIGTERM)
+
+
+@contextmanager
+def _orderly_exit() -> Iterator[_Ending]:
+    """SIGTERM and SIGINT unwind what was started."""
+    ending = _Ending()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ending)
     with suppress(SystemExit):
-        yield
+        yield ending

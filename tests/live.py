@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import httpx
 import psutil
@@ -132,13 +132,16 @@ class WorkerProcess:
 class ServeProcess:
     """`c2i serve` as a user starts it."""
 
-    def __init__(self, data: Path, *options: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, data: Path, *options: str, env: dict[str, str] | None = None, log: IO[bytes] | None = None
+    ) -> None:
         clean = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "service.cli", "serve", "--port", "0", "--json", "--data", str(data), *options],
             cwd=REPOSITORY,
             env=clean | (env or {}),
             stdout=subprocess.PIPE,
+            stderr=log,
         )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -150,10 +153,10 @@ class ServeProcess:
         """Redis, the workers and their jobs."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
-    def stop(self) -> int:
-        """SIGTERM, and its exit code."""
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send it a signal to end, and its exit code."""
         self.http.close()
-        self.process.terminate()
+        self.process.send_signal(number)
         return self._end()
 
     def kill(self) -> None:

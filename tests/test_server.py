@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from service.embedded import EmbeddedRedis, find_server
-from tests.live import REPOSITORY, ServeProcess, WorkerProcess, spec, wait_until
+from tests import tiny
+from tests.live import REPOSITORY, ServeProcess, WorkerProcess, install, spec, wait_until
 
 
 def gone(processes: list[psutil.Process]) -> bool:
@@ -70,6 +73,52 @@ def test_a_worker_that_dies_is_started_again(data: Path) -> None:
         assert worker.pid not in [child.pid for child in server.children()]
     finally:
         assert server.stop() == 0
+
+
+@pytest.fixture
+def slow_data(data: Path, tiny_models: Callable[..., Path]) -> Path:
+    install(tiny_models("gpt2"), data, "tiny-gpt2")
+    return data
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_terminal_does_not_wait_for_jobs_and_a_supervisor_does(slow_data: Path, number: signal.Signals) -> None:
+    server = ServeProcess(slow_data, env={"C2I_GRACE_SECONDS": "6"})
+    long = spec(model="tiny-gpt2", examples=tiny.learnable_examples(3000), passes=8)
+    job_id = str(server.http.post("/v1/jobs", json=long).json()["id"])
+    wait_until(lambda: server.http.get(f"/v1/jobs/{job_id}").json()["progress"]["stage"], 30, "the job is at work")
+    began = time.monotonic()
+    assert server.stop(number) == 0
+    took = time.monotonic() - began
+    assert took < 6 if number is signal.SIGINT else 6 < took < 14
+    server = ServeProcess(slow_data, "--workers", "0")
+    try:
+        assert server.http.get(f"/v1/jobs/{job_id}").json()["status"] == "queued"
+    finally:
+        server.stop()
+
+
+def test_a_worker_that_cannot_start_says_why_and_is_tried_ever_less_often(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "torch.py").write_text("raise ImportError('libcudart.so.12 is missing')")
+    path = os.pathsep.join(filter(None, [str(tmp_path / "broken"), os.environ.get("PYTHONPATH")]))
+    with (tmp_path / "log").open("wb") as log:
+        server = ServeProcess(data, env={"PYTHONPATH": path}, log=log)
+    try:
+        pauses = wait_until(lambda: restarts((tmp_path / "log").read_text()), 30, "it is tried three times again")
+        said = (tmp_path / "log").read_text()
+        assert "the worker's packages cannot be loaded: libcudart.so.12 is missing" in said
+        assert "Traceback" not in said
+        assert pauses == ["0.2", "0.4", "0.8"]
+        assert server.http.get("/readyz").status_code == 200  # it takes jobs, for workers elsewhere or later
+    finally:
+        assert server.stop() == 0
+
+
+def restarts(log: str) -> list[str] | None:
+    """The first three pauses before a worker was started again."""
+    pauses = re.findall(r"worker 1 ended with code 3; starting it again in ([0-9.]+) s", log)
+    return pauses[:3] if len(pauses) > 2 else None
 
 
 def test_jobs_survive_a_killed_service_with_its_embedded_redis(data: Path) -> None:

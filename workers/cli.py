@@ -23,8 +23,11 @@ def worker(
         raise Unavailable(
             "set REDIS_URL to the Redis that the service uses; `c2i serve` with its embedded Redis starts its own"
         )
-    from workers.adaptation import adapt  # noqa: PLC0415 - imports torch
-    from workers.worker import work  # noqa: PLC0415
+    try:
+        from workers.adaptation import adapt  # noqa: PLC0415 - imports torch
+        from workers.worker import work  # noqa: PLC0415
+    except (ImportError, OSError) as error:
+        raise Unavailable(f"the worker's packages cannot be loaded: {error}") from error
 
     work(settings, settings.redis_url, adapt)
 
