@@ -21,7 +21,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Any, cast
@@ -51,6 +51,8 @@ LEASE_SECONDS = 18
 # A job whose process was killed is tried three times in all.
 MAX_CRASHES = 3
 MAX_EVENTS = 1_000
+# Of this many records something is asked in one trip.
+BATCH = 500
 OLDEST_REDIS = (6, 2)
 OWNED = "c2i:jobs:owned"
 # Index entries whose records are looked for in one round trip.
@@ -374,8 +376,7 @@ class JobQueue:
         ids = [job_id.decode() for job_id in cast(set[bytes], self.redis.smembers("c2i:active"))]
         waiting = {entry.decode() for entry in cast(list[bytes], self.redis.lrange(self.deliveries.key, 0, -1))}
         lost: dict[str, int] = {}
-        for job_id in ids:
-            record = self._read(job_id)
+        for job_id, record in self._read_many(ids, "id", "status", "attempt", "deliveries"):
             if not record:
                 self.redis.srem("c2i:active", job_id)
             elif record["status"] == JobStatus.QUEUED:
@@ -404,7 +405,7 @@ class JobQueue:
     def running(self) -> set[tuple[str, int]]:
         """Every job that is not terminal, with its attempt."""
         ids = [job_id.decode() for job_id in cast(set[bytes], self.redis.smembers("c2i:active"))]
-        return {(job_id, int(record["attempt"])) for job_id in ids if (record := self._read(job_id))}
+        return {(job_id, int(record["attempt"])) for job_id, record in self._read_many(ids, "attempt") if record}
 
     def exists(self, job_id: str) -> bool:
         """Whether there is a record."""
@@ -490,6 +491,18 @@ class JobQueue:
 
     def _read(self, job_id: str) -> Record:
         return _decode(cast(dict[bytes, bytes], self.redis.hgetall(_job_key(job_id))))
+
+    def _read_many(self, job_ids: list[str], *fields: str) -> Iterator[tuple[str, Record]]:
+        """Some fields of each record, a trip for hundreds of them; an empty record is gone."""
+        for start in range(0, len(job_ids), BATCH):
+            batch = job_ids[start : start + BATCH]
+            with self.redis.pipeline(transaction=False) as pipe:
+                for job_id in batch:
+                    pipe.hmget(_job_key(job_id), *fields)
+                found = cast(list[list[bytes | None]], pipe.execute())
+            for job_id, values in zip(batch, found, strict=True):
+                there = zip(fields, values, strict=True)
+                yield job_id, {name: value.decode() for name, value in there if value is not None}
 
     def _record(self, job_id: str, owner: str | None) -> Record:
         record = self._read(job_id)

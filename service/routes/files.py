@@ -31,6 +31,16 @@ MEDIA_TYPES = {
 IfNoneMatch = Annotated[str | None, Header()]
 
 
+# In Starlette's 64 kB every piece is a trip to another thread and back: a third of the speed.
+PIECE_BYTES = 512 * 1024
+
+
+class Download(FileResponse):
+    """A file in large pieces."""
+
+    chunk_size = PIECE_BYTES
+
+
 class FileOut(ArtifactFile):
     """A published file and where to get it."""
 
@@ -57,7 +67,7 @@ def list_files(caller: Reader, service: TheService, job_id: JobId) -> FileList:
     return FileList(data=[FileOut(**file.model_dump(), url=f"/v1/jobs/{job_id}/files/{file.path}") for file in files])
 
 
-@router.get("/files/{path:path}", response_class=FileResponse, responses=ERRORS)
+@router.get("/files/{path:path}", response_class=Download, responses=ERRORS)
 @router.head("/files/{path:path}", include_in_schema=False)
 def get_file(
     caller: Reader, service: TheService, job_id: JobId, path: str, if_none_match: IfNoneMatch = None
@@ -69,7 +79,7 @@ def get_file(
         return Response(status_code=304, headers=headers)
     name = file.path.rpartition("/")[2]
     suffix = name[name.rfind(".") :] if "." in name else ""
-    return FileResponse(
+    return Download(
         service.store.open_path(file),
         filename=name,
         media_type=MEDIA_TYPES.get(suffix, "application/octet-stream"),
@@ -119,7 +129,19 @@ def _archive(caller: Caller, service: Service, job_id: str, folder: str, if_none
     for file in files:
         archive.add_path(str(service.store.open_path(file)), arcname=f"{name}/{file.path}")
     headers |= {"Content-Length": str(len(archive)), "Content-Disposition": f'attachment; filename="{name}.zip"'}
-    return StreamingResponse(cast(Iterator[bytes], iter(archive)), media_type="application/zip", headers=headers)
+    return StreamingResponse(
+        _in_pieces(cast(Iterator[bytes], iter(archive))), media_type="application/zip", headers=headers
+    )
+
+
+def _in_pieces(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    piece = bytearray()
+    for chunk in chunks:
+        piece += chunk
+        if len(piece) >= PIECE_BYTES:
+            yield bytes(piece)
+            piece.clear()
+    yield bytes(piece)
 
 
 def _matches(if_none_match: str | None, etag: str) -> bool:
