@@ -195,22 +195,15 @@ def models(context: typer.Context, as_json: AsJson = False, url: Url = DEFAULT_U
 
 def _follow(client: Client, job_id: str) -> Job:
     """Show events until the job has ended: a bar on a terminal, else a line an event."""
-    after = None
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as bar:
         task = bar.add_task("queued", total=100)
-        while True:
-            for event in client.events(job_id, after):
-                after = event.id
-                if errors.is_terminal:
-                    bar.update(task, description=_describe(event), completed=event.progress.percent)
-                else:
-                    print(f"{event.progress.percent:5.1f} %  {_describe(event)}", file=sys.stderr)
-                if event.status.terminal:
-                    return client.get(job_id)
-            # A second at most between two looks at the events; the end is known at once.
-            if client.get(job_id, wait=0.5).status.terminal and not client.events(job_id, after):
-                return client.get(job_id)
+        for event in client.follow(job_id):
+            if errors.is_terminal:
+                bar.update(task, description=_describe(event), completed=event.progress.percent)
+            else:
+                print(f"{event.progress.percent:5.1f} %  {_describe(event)}", file=sys.stderr)
+    return client.get(job_id)
 
 
 def _describe(event: JobEvent) -> str:

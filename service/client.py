@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,9 @@ from service.reports import Report
 
 CHUNK_BYTES = 1 << 20
 WAIT_SECONDS = 20
+# How long a service that restarts is waited for while a job is followed.
+PATIENCE_SECONDS = 30.0
+RETRY_SECONDS = 0.5
 
 
 class Client:
@@ -52,10 +56,38 @@ class Client:
         """Stop a job."""
         return Job.model_validate(self._json("POST", f"/v1/jobs/{job_id}/cancel"))
 
-    def events(self, job_id: str, after: str | None) -> list[JobEvent]:
-        """What happened to a job since."""
-        found = self._json("GET", f"/v1/jobs/{job_id}/events", params={"after": after} if after else {})
-        return [JobEvent.model_validate(event) for event in found["data"]]
+    def follow(self, job_id: str) -> Iterator[JobEvent]:
+        """A job's events as they come, to its end; a stream that is cut off is opened again behind its last event.
+
+        Raises:
+            Unavailable: the service is not there; once it was, only if it stays away.
+        """
+        last: str | None = None
+        lost = 0.0
+        while True:
+            try:
+                for event in self._stream(job_id, last):
+                    last, lost = event.id, 0.0
+                    yield event
+                    if event.status.terminal:
+                        return
+                if self.get(job_id).status.terminal:
+                    return  # it had ended before
+            except (httpx.TransportError, Unavailable) as error:
+                lost = lost or time.monotonic()
+                if last is None or time.monotonic() - lost > PATIENCE_SECONDS:
+                    raise self._unreachable(error) if isinstance(error, httpx.TransportError) else error from None
+            time.sleep(RETRY_SECONDS)
+
+    def _stream(self, job_id: str, after: str | None) -> Iterator[JobEvent]:
+        headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": after} if after else {})
+        with self._http.stream("GET", f"/v1/jobs/{job_id}/events", headers=headers) as response:
+            if response.is_error:
+                response.read()
+                raise _error(response)
+            for line in response.iter_lines():
+                if line.startswith("data: "):
+                    yield JobEvent.model_validate_json(line.removeprefix("data: "))
 
     def models(self) -> list[dict[str, Any]]:
         """The installed models."""

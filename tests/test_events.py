@@ -15,7 +15,9 @@ from typing import Any
 import httpx
 import pytest
 
+from service.client import Client
 from service.embedded import EmbeddedRedis
+from service.errors import Unavailable
 from service.jobs import JobEvent, Progress, Stage
 from service.queue import JobQueue, connect
 from service.routes import events
@@ -296,6 +298,32 @@ def test_open_streams_and_long_polls_end_at_once_when_the_service_stops(data: Pa
     for listener in listeners:
         listener.end.result(1)  # a stream that was cut off raises
     assert poll.result(1).json()["status"] == "queued"
+
+
+def test_who_follows_a_job_goes_on_where_the_service_has_restarted(data: Path, pool: ThreadPoolExecutor) -> None:
+    server = ServeProcess(data, "--workers", "0")
+    port = server.url.rpartition(":")[2]
+    heard: list[str] = []
+
+    def follow() -> None:
+        with Client(f"http://127.0.0.1:{port}") as client:
+            for event in client.follow(job_id):
+                heard.append(event.message)
+
+    try:
+        job_id = server.http.post("/v1/jobs", json=spec()).json()["id"]
+        following = pool.submit(follow)
+        wait_until(lambda: "queued" in heard, 10, "the first event is heard")
+        server.kill()
+        assert not following.done()
+        server = ServeProcess(data, "--workers", "0", "--port", port)
+        server.http.post(f"/v1/jobs/{job_id}/cancel")
+        following.result(20)
+    finally:
+        server.stop()
+    assert heard == ["queued", "cancelled before it began"]
+    with Client(f"http://127.0.0.1:{port}") as client, pytest.raises(Unavailable):
+        next(client.follow(job_id))
 
 
 def test_a_watcher_without_redis_waits_for_it(tmp_path: Path) -> None:
