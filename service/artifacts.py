@@ -164,8 +164,15 @@ class ArtifactStore:
         raise NotFound("the job has no such file; `GET /v1/jobs/{id}/files` lists them", param="path")
 
     def open_path(self, file: ArtifactFile) -> Path:
-        """Where a published file's contents can be read."""
-        return self._blob(file.sha256)
+        """Where a published file's contents can be read.
+
+        Raises:
+            NotFound: its job was deleted at this very moment.
+        """
+        path = self._blob(file.sha256)
+        if not path.is_file():
+            raise NotFound("the job's files have been deleted")
+        return path
 
     # --- removing --------------------------------------------------------------------------------------------
 
@@ -173,29 +180,43 @@ class ArtifactStore:
         """Remove the input of a job that was not created after all."""
         shutil.rmtree(self._jobs / job_id, ignore_errors=True)
 
-    def delete(self, job_id: str) -> None:
-        """Remove a job's input and manifests, then what no other job shares."""
-        shutil.rmtree(self._jobs / job_id, ignore_errors=True)
+    def delete(self, *job_ids: str) -> None:
+        """Remove inputs and manifests, then what no other job shares."""
+        for job_id in job_ids:
+            shutil.rmtree(self._jobs / job_id, ignore_errors=True)
         self.sweep()
 
-    def older_than(self, age: timedelta) -> list[str]:
-        """Jobs whose files were last touched longer ago."""
+    def older_than(self, age: timedelta, *, unpublished: bool = False) -> list[str]:
+        """Jobs whose files were last touched longer ago.
+
+        Args:
+            unpublished: only those that have an input alone.
+        """
         limit = time.time() - age.total_seconds()
-        return [folder.name for folder in self._jobs.iterdir() if folder.stat().st_mtime < limit]
+        return [
+            folder.name
+            for folder in _entries(self._jobs)
+            if _touched(folder) < limit
+            and not (unpublished and any(entry.name.endswith(".manifest.json") for entry in _entries(folder)))
+        ]
 
     def workspaces(self) -> set[tuple[str, int]]:
         """Job and attempt of each workspace there is."""
-        names = (PurePosixPath(folder.name) for folder in self._work.iterdir())
+        names = (PurePosixPath(folder.name) for folder in _entries(self._work))
         return {(name.stem, int(name.suffix[1:])) for name in names if name.suffix[1:].isdigit()}
 
     def sweep(self) -> None:
-        """Remove blobs that no manifest names; not now where something is being published."""
+        """Remove blobs that no manifest names, and manifests that a dead process left half-written.
+
+        Not now where something is being published.
+        """
         try:
             with self._locked(fcntl.LOCK_EX | fcntl.LOCK_NB):
                 named = {file.sha256 for manifest in self._manifests() for file in _MANIFEST.validate_json(manifest)}
-                for blob in self._blobs.glob("*/*"):
-                    if blob.name not in named:
-                        blob.unlink(missing_ok=True)
+                blobs = [blob for folder in _entries(self._blobs) for blob in _entries(folder)]
+                halves = [half for job in _entries(self._jobs) for half in _entries(job) if half.name.startswith(".")]
+                for path in halves + [blob for blob in blobs if blob.name not in named]:
+                    path.unlink(missing_ok=True)
         except BlockingIOError:
             return
 
@@ -203,14 +224,11 @@ class ArtifactStore:
 
     def _manifests(self) -> Iterator[bytes]:
         """Every manifest there is, while other jobs are being deleted."""
-        for folder in self._jobs.iterdir():
-            try:
-                manifests = list(folder.glob("*.manifest.json"))
-            except FileNotFoundError:
-                continue
-            for manifest in manifests:
-                with suppress(FileNotFoundError):
-                    yield manifest.read_bytes()
+        for folder in _entries(self._jobs):
+            for entry in _entries(folder):
+                if entry.name.endswith(".manifest.json") and not entry.name.startswith("."):
+                    with suppress(FileNotFoundError):
+                        yield entry.read_bytes()
 
     def _manifest(self, job_id: str, attempt: int) -> Path:
         return self._jobs / job_id / f"{attempt}.manifest.json"
@@ -229,6 +247,22 @@ class ArtifactStore:
 def disk_is_full(error: BaseException) -> bool:
     """Whether an error says that there is no room."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What a folder holds; nothing where it is gone meanwhile."""
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _touched(path: Path) -> float:
+    """When it was changed last; now where it is gone meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return time.time()
 
 
 def _write(path: Path, content: bytes) -> None:

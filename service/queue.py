@@ -3,6 +3,8 @@
     c2i:jobs                      sorted set of all job IDs, which sort by time of creation
     c2i:jobs:owned                sorted set of OWNER:ID, those of jobs that were submitted with an API key
     c2i:active                    set of the IDs that are not terminal
+    c2i:ended                     sorted set of those that are, by the time at which they ended
+    c2i:deleted                   set of the IDs of deleted jobs whose files may still be there
     c2i:job:ID                    hash: the record
     c2i:job:ID:events             stream: what happened to it
     c2i:changes                   channel: the ID of a job that has changed
@@ -55,7 +57,11 @@ MAX_EVENTS = 1_000
 BATCH = 500
 OLDEST_REDIS = (6, 2)
 OWNED = "c2i:jobs:owned"
+ENDED = "c2i:ended"
+DELETED = "c2i:deleted"
 # Index entries whose records are looked for in one round trip.
+# Jobs that expire at one look of the reaper.
+EXPIRE_BATCH = 200
 PRUNE_BATCH = 500
 
 Record = dict[str, str]
@@ -249,8 +255,14 @@ class JobQueue:
             pipe.publish(CHANGES, job_id)
             pipe.zrem("c2i:jobs", job_id)
             pipe.zrem(OWNED, f"{record.get('owner', '')}:{job_id}")
+            pipe.zrem(ENDED, job_id)
+            pipe.sadd(DELETED, job_id)
 
         self._change(job_id, change, owner)
+
+    def files_deleted(self, job_id: str) -> None:
+        """The files of a deleted job are gone."""
+        self.redis.srem(DELETED, job_id)
 
     # --- what workers do -----------------------------------------------------------------------------------------
 
@@ -402,10 +414,18 @@ class JobQueue:
         elif status is JobStatus.CANCELLING:
             self.cancelled(job_id, attempt)
 
-    def running(self) -> set[tuple[str, int]]:
-        """Every job that is not terminal, with its attempt."""
-        ids = [job_id.decode() for job_id in cast(set[bytes], self.redis.smembers("c2i:active"))]
-        return {(job_id, int(record["attempt"])) for job_id, record in self._read_many(ids, "attempt") if record}
+    def expire(self) -> None:
+        """Delete jobs that ended longer ago than they are kept. Nothing else does: the records have no TTL of Redis."""
+        before = time.time() - self._ttl.total_seconds()
+        for job_id in cast(list[bytes], self.redis.zrangebyscore(ENDED, "-inf", before, 0, EXPIRE_BATCH)):
+            try:
+                self.delete(job_id.decode())
+            except JobNotFound:
+                self.redis.zrem(ENDED, job_id)
+
+    def deleted(self) -> list[str]:
+        """Deleted jobs whose files may still be there."""
+        return [job_id.decode() for job_id in cast(set[bytes], self.redis.smembers(DELETED))]
 
     def exists(self, job_id: str) -> bool:
         """Whether there is a record."""
@@ -475,8 +495,7 @@ class JobQueue:
         self._add_event(record, pipe, "status", message)
         pipe.srem("c2i:active", record["id"])
         pipe.delete(_lease_key(record["id"], int(record["attempt"])))
-        pipe.expire(_job_key(record["id"]), self._ttl)
-        pipe.expire(_events_key(record["id"]), self._ttl)
+        pipe.zadd(ENDED, {record["id"]: time.time()})
 
     def _add_event(self, record: Record, pipe: Pipeline, kind: str, message: str) -> None:
         event = {

@@ -1,4 +1,7 @@
-"""Finds jobs whose worker is gone and gives them back; clears what killed attempts and expired jobs left on disk.
+"""Finds jobs whose worker is gone and gives them back; ends jobs that have expired; clears what was left on disk.
+
+What ends with a job's time is its record and its files together: the record first, so that nobody is shown what is
+about to go, then the files, of which a note in Redis is kept until they are gone.
 
 It runs as a thread of every API process. Two of them are no harm: each change is a transaction.
 """
@@ -15,6 +18,7 @@ from redis.exceptions import RedisError
 
 from service.artifacts import ArtifactStore
 from service.errors import Conflict, JobNotFound
+from service.jobs import JobStatus
 from service.queue import JobQueue
 
 logger = logging.getLogger(__name__)
@@ -22,6 +26,8 @@ logger = logging.getLogger(__name__)
 # With a lease of 18 s, a job is back in the queue 18 to 24 s after its worker was killed.
 LOOK_SECONDS = 3.0
 CLEAN_SECONDS = 600.0
+# An input without a record: of a request that was cut off between the two.
+ORPHAN = timedelta(days=1)
 
 
 class Reaper(threading.Thread):
@@ -56,7 +62,21 @@ class Reaper(threading.Thread):
         self.join()
 
     def look(self) -> None:
-        """Recover what was lost at the look before too: a job is never in two places, but for a moment in none."""
+        """Recover what is lost, end what has expired, clear what nobody works in."""
+        self._recover()
+        self._queue.expire()
+        deleted = self._queue.deleted()
+        if deleted:
+            self._store.delete(*deleted)
+            for job_id in deleted:
+                self._queue.files_deleted(job_id)
+        # In this order: an attempt begins before its workspace is made.
+        for job_id, attempt in self._store.workspaces():
+            if self._queue.attempt_status(job_id, attempt) not in (JobStatus.RUNNING, JobStatus.CANCELLING):
+                self._store.clear_workspace(job_id, attempt)
+
+    def _recover(self) -> None:
+        """Give back what was lost at the look before too: a job is never in two places, but for a moment in none."""
         lost = self._queue.find_lost()
         for job_id, attempt in lost.items():
             if self._suspects.get(job_id) == attempt:
@@ -66,12 +86,12 @@ class Reaper(threading.Thread):
         self._suspects = lost
 
     def clean(self) -> None:
-        """Remove workspaces of attempts that are over, and files of jobs that have expired."""
+        """Remove files that no record knows: of inputs whose job was never created, and of jobs lost with a Redis.
+
+        The latter stay for as long as the jobs would have, as their records may come back: from a backup, or with the
+        right REDIS_URL.
+        """
         self._queue.prune()
-        running = self._queue.running()
-        for job_id, attempt in self._store.workspaces() - running:
-            self._store.clear_workspace(job_id, attempt)
-        for job_id in self._store.older_than(self._ttl):
-            if not self._queue.exists(job_id):
-                self._store.delete(job_id)
-        self._store.sweep()
+        known = self._store.older_than(self._ttl)
+        inputs = self._store.older_than(min(self._ttl, ORPHAN), unpublished=True)
+        self._store.delete(*(job_id for job_id in {*known, *inputs} if not self._queue.exists(job_id)))

@@ -170,15 +170,20 @@ def test_events_grow_and_are_read_on_from_any_of_them(queue: JobQueue, monkeypat
     assert len(queue.events(job_id)) == 20
 
 
-def test_what_has_ended_expires_and_leaves_no_key_without_a_ttl(queue: JobQueue) -> None:
+def test_what_has_ended_is_kept_for_its_time_and_then_leaves_no_key(queue: JobQueue) -> None:
     done, failed, cancelled = create(queue), create(queue), create(queue)
     queue.succeed(done, queue.start(done), RESULT)
     queue.fail(failed, queue.start(failed), UnusableModel("no"))
     queue.cancel(cancelled)
-    for key in queue.redis.keys("*"):
-        lasting = {b"c2i:jobs", b"rq:queues"}
-        assert key in lasting or queue.redis.ttl(key) > 0, key
-    assert queue.running() == set()
+    queue.expire()
+    assert {job.id for job in queue.list_jobs(10)} == {done, failed, cancelled}
+    short = JobQueue(queue.redis, timedelta(0))
+    short.expire()
+    assert sorted(short.deleted()) == sorted([done, failed, cancelled])
+    for job_id in short.deleted():
+        short.files_deleted(job_id)
+    assert queue.redis.keys("c2i:*") == []
+    assert set(queue.redis.keys("*")) <= {b"rq:queues"}
 
 
 def test_what_has_ended_does_not_change(queue: JobQueue) -> None:

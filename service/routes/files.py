@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from typing import Annotated, cast
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Annotated, BinaryIO, cast
 
 from fastapi import APIRouter, Header, Response
 from fastapi.responses import FileResponse, StreamingResponse
@@ -126,22 +127,25 @@ def _archive(caller: Caller, service: Service, job_id: str, folder: str, if_none
     if _matches(if_none_match, digest):
         return Response(status_code=304, headers=headers)
     archive = ZipStream(sized=True)
-    for file in files:
-        archive.add_path(str(service.store.open_path(file)), arcname=f"{name}/{file.path}")
+    # All are opened at once: what is open stays whole if the job is deleted while it is sent.
+    opened = [service.store.open_path(file).open("rb") for file in files]
+    for file, stream in zip(files, opened, strict=True):
+        archive.add_path(f"/proc/self/fd/{stream.fileno()}", arcname=f"{name}/{file.path}")
     headers |= {"Content-Length": str(len(archive)), "Content-Disposition": f'attachment; filename="{name}.zip"'}
-    return StreamingResponse(
-        _in_pieces(cast(Iterator[bytes], iter(archive))), media_type="application/zip", headers=headers
-    )
+    return StreamingResponse(_in_pieces(archive, opened), media_type="application/zip", headers=headers)
 
 
-def _in_pieces(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    piece = bytearray()
-    for chunk in chunks:
-        piece += chunk
-        if len(piece) >= PIECE_BYTES:
-            yield bytes(piece)
-            piece.clear()
-    yield bytes(piece)
+def _in_pieces(archive: ZipStream, opened: Sequence[BinaryIO]) -> Iterator[bytes]:
+    with ExitStack() as stack:
+        for stream in opened:
+            stack.enter_context(stream)
+        piece = bytearray()
+        for chunk in cast(Iterator[bytes], iter(archive)):
+            piece += chunk
+            if len(piece) >= PIECE_BYTES:
+                yield bytes(piece)
+                piece.clear()
+        yield bytes(piece)
 
 
 def _matches(if_none_match: str | None, etag: str) -> bool:

@@ -204,3 +204,4 @@ def delete_job(caller: Submitter, service: TheService, job_id: JobId) -> None:
     """Forget a job that has ended, with its examples and artifacts."""
     service.queue.delete(job_id, caller.sees)
     service.store.delete(job_id)
+    service.queue.files_deleted(job_id)
