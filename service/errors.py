@@ -12,6 +12,8 @@
     │   └── JobNotFound           job_not_found     404
     ├── MethodNotAllowed          method_not_allowed 405
     ├── Conflict                  conflict          409
+    │   └── Held                  conflict          409
+    ├── TooManyRequests           too_many_requests 429   yes
     ├── Unavailable               unavailable       503   yes
     ├── OutOfMemory               out_of_memory     500
     ├── OutOfDisk                 out_of_disk       500
@@ -34,6 +36,8 @@ class C2IError(Exception):
     code: ClassVar[str] = "internal_error"
     status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
+    retry_after: int = 2
+    """Seconds after which another try may do, where one may."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -117,6 +121,22 @@ class Conflict(C2IError):
 
     code = "conflict"
     status = 409
+
+
+class Held(Conflict):
+    """The job waits until another of its owner's ends: told to workers only."""
+
+
+class TooManyRequests(C2IError):
+    """More requests a second, or more waiting jobs, than one caller may have."""
+
+    code = "too_many_requests"
+    status = 429
+    retryable = True
+
+    def __init__(self, message: str, *, retry_after: int, param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.retry_after = retry_after
 
 
 class Unavailable(C2IError):

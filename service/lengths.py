@@ -16,7 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from service.errors import UnusableModel
+from service.errors import InvalidInput, UnusableModel
 from service.jobs import Example, JobSpec, PromptFormat
 from service.masks import fill
 from service.models import Model, too_long
@@ -71,6 +71,25 @@ def check_lengths(model: Model, spec: JobSpec) -> None:
     for (at, _), tokens in zip(long, _count(tokenizer, whole), strict=True):
         if special + tokens > limit:
             raise too_long(at, special + tokens, limit)
+
+
+def check_total(model: Model, spec: JobSpec, limit: int) -> None:
+    """Refuse a job of more than `limit` tokens, prompts and all answers of its lists together.
+
+    Raises:
+        InvalidInput: with their number and the limit.
+    """
+    examples = [example for _, example in spec.located()]
+    path = model.folder / "tokenizer.json"
+    if path.is_file():
+        status = path.stat()
+        growth = _growth(path, status.st_size, status.st_mtime_ns)
+        most = sum(len(text.encode()) for one in examples for text in (one.prompt, *_answers(one)))
+        if growth is not None and growth * most <= limit:
+            return
+    total = count(model, examples).total
+    if total > limit:
+        raise InvalidInput(f"the examples have {total:,} tokens together; a job may have {limit:,}", param="examples")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from service.artifacts import ArtifactStore
 from service.errors import C2IError, Unauthenticated
 from service.jobs import JobSpec
 from service.keys import KeyStore
+from service.limits import FAILURES_PER_SECOND, QueueLimits, Rates
 from service.queue import JobQueue, connect
 from service.reaper import Reaper
 from service.routes import events, files, health, jobs, models
@@ -34,9 +35,11 @@ def create_app(settings: Settings, redis_url: str) -> FastAPI:
     redis = connect(redis_url)
     service = Service(
         settings,
-        JobQueue(redis, settings.job_ttl),
+        JobQueue(redis, settings.job_ttl, QueueLimits.of(settings)),
         ArtifactStore(settings.artifacts),
         KeyStore(redis),
+        Rates(settings.rate_in_force),
+        Rates(FAILURES_PER_SECOND),
         Watcher(redis_url),
     )
 
@@ -71,7 +74,7 @@ def _respond(request: Request, error: Exception) -> JSONResponse:
         logger.error("%s %s: %s", request.method, request.url.path, error)
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     if ours.retryable:
-        headers["Retry-After"] = "2"
+        headers["Retry-After"] = str(ours.retry_after)
     if isinstance(ours, Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(ours.body(), ours.status, headers)

@@ -5,6 +5,8 @@
     c2i:active                    set of the IDs that are not terminal
     c2i:ended                     sorted set of those that are, by the time at which they ended
     c2i:deleted                   set of the IDs of deleted jobs whose files may still be there
+    c2i:waiting:OWNER             set of the IDs of an owner's queued jobs
+    c2i:running:OWNER             set of the IDs of those that a worker has
     c2i:job:ID                    hash: the record
     c2i:job:ID:events             stream: what happened to it
     c2i:changes                   channel: the ID of a job that has changed
@@ -38,10 +40,11 @@ from redis.retry import Retry
 from rq import Queue
 from rq.serializers import JSONSerializer
 
-from service import idempotency
-from service.errors import C2IError, Conflict, InvalidInput, JobNotFound, Unavailable, WorkerDied
+from service import fairness, idempotency
+from service.errors import C2IError, Conflict, Held, InvalidInput, JobNotFound, Unavailable, WorkerDied
 from service.idempotency import Claim
 from service.jobs import Job, JobError, JobEvent, JobResult, JobSpec, JobStatus, Progress
+from service.limits import QueueLimits
 
 QUEUE = "c2i"
 # Where the ID of a job is published at each event and at its deletion.
@@ -63,6 +66,8 @@ DELETED = "c2i:deleted"
 # Jobs that expire at one look of the reaper.
 EXPIRE_BATCH = 200
 PRUNE_BATCH = 500
+# So near to its limit, an owner's submissions are counted one after the other.
+NEAR_LIMIT = 64
 
 Record = dict[str, str]
 Change = Callable[[Record, Pipeline], None]
@@ -98,8 +103,9 @@ def _base32(number: int) -> str:
 class JobQueue:
     """Records, events and deliveries of all jobs."""
 
-    def __init__(self, redis: Redis, ttl: timedelta) -> None:
+    def __init__(self, redis: Redis, ttl: timedelta, limits: QueueLimits | None = None) -> None:
         self.redis = redis
+        self.limits = limits or QueueLimits()
         self.deliveries = Queue(QUEUE, connection=redis, serializer=JSONSerializer, default_timeout=-1)
         self._ttl = ttl
 
@@ -123,6 +129,7 @@ class JobQueue:
 
         Raises:
             Conflict: the claim was made with another body, or for a job that is gone.
+            TooManyRequests: the owner has as many jobs waiting as it may.
         """
         record = {
             "id": job_id,
@@ -145,6 +152,7 @@ class JobQueue:
                         break  # by a try whose answer was lost
                     if claim and (holder := claim.holder(pipe)):
                         return self._claimed(holder)
+                    self._check_waiting(pipe, owner)
                     pipe.multi()
                     if claim:
                         claim.hold(pipe, job_id)
@@ -153,6 +161,7 @@ class JobQueue:
                     if owner:
                         pipe.zadd(OWNED, {f"{owner}:{job_id}": 0})
                     pipe.sadd("c2i:active", job_id)
+                    self._set(record, pipe, status=JobStatus.QUEUED.value)
                     self._deliver(record, pipe)
                     self._add_event(record, pipe, "status", "queued")
                     pipe.execute()
@@ -178,8 +187,7 @@ class JobQueue:
         """
         record = self._record(job_id, owner)
         if record["status"] == JobStatus.QUEUED:
-            ahead = self.redis.lpos(self.deliveries.key, _delivery_id(record))
-            return _job(record, queue_position=1 if ahead is None else int(cast(int, ahead)) + 1)
+            return _job(record, queue_position=self._position(record))
         return _job(record)
 
     def status(self, job_id: str, owner: str | None = None) -> JobStatus:
@@ -271,14 +279,26 @@ class JobQueue:
 
         Raises:
             Conflict: it was cancelled, or another worker has it.
+            Held: its owner has as many jobs running as it may; it waits for one of them to end.
         """
-        attempt = 0
+        attempt = running = 0
+
+        def look(record: Record, pipe: Pipeline) -> None:
+            nonlocal running
+            key = _running_key(record.get("owner", ""))
+            pipe.watch(key)
+            running = int(pipe.scard(key))
 
         def change(record: Record, pipe: Pipeline) -> None:
             nonlocal attempt
             if record["status"] != JobStatus.QUEUED:
                 raise Conflict(f"the job is {record['status']}, not queued")
-            self._withdraw(record, pipe)
+            if self.limits.running is not None and running >= self.limits.running:
+                pipe.lrem(self.deliveries.intermediate_queue_key, 0, _delivery_id(record))
+                fairness.hold(pipe, _delivery_id(record), record.get("owner", ""))
+                attempt = 0
+                return
+            self._withdraw(record, pipe, started=True)
             attempt = int(record["attempt"]) + 1
             progress = Progress().model_dump_json()
             status = JobStatus.RUNNING.value
@@ -286,7 +306,9 @@ class JobQueue:
             pipe.set(_lease_key(job_id, attempt), "", ex=LEASE_SECONDS)
             self._add_event(record, pipe, "status", f"attempt {attempt} began")
 
-        self._change(job_id, change)
+        self._change(job_id, change, look=look if self.limits.running is not None else None)
+        if not attempt:
+            raise Held("the owner of the job has as many running as it may")
         return attempt
 
     def drop(self, delivery: str) -> None:
@@ -392,7 +414,7 @@ class JobQueue:
             if not record:
                 self.redis.srem("c2i:active", job_id)
             elif record["status"] == JobStatus.QUEUED:
-                if _delivery_id(record) not in waiting:
+                if _delivery_id(record) not in waiting and not self._is_held(record):
                     lost[job_id] = int(record["attempt"])
             elif not self.redis.exists(_lease_key(job_id, int(record["attempt"]))):
                 lost[job_id] = int(record["attempt"])
@@ -454,14 +476,45 @@ class JobQueue:
                 param=idempotency.NAME,
             ) from None
 
-    def _change(self, job_id: str, change: Change, owner: str | None = None) -> None:
-        """One transaction on a record: `change` sees it and queues commands, or raises and nothing happens."""
+    def _check_waiting(self, pipe: Pipeline, owner: str) -> None:
+        """In a transaction that has not begun: the owner's waiting jobs, watched where they are near the limit."""
+        if self.limits.waiting is None:
+            return
+        key = _waiting_key(owner)
+        if int(pipe.scard(key)) >= self.limits.waiting - NEAR_LIMIT:
+            pipe.watch(key)
+            self.limits.check_waiting(int(pipe.scard(key)))
+
+    def _position(self, record: Record) -> int:
+        """Of a queued job: 1 is the next."""
+        delivery, owner = _delivery_id(record), record.get("owner", "")
+        ahead = self.redis.lpos(self.deliveries.key, delivery)
+        if ahead is not None:
+            return int(cast(int, ahead)) + 1
+        held = fairness.held_before(self.redis, delivery, owner)
+        return 1 if held is None else int(self.redis.llen(self.deliveries.key)) + held + 1
+
+    def _is_held(self, record: Record) -> bool:
+        """Whether a queued job waits for another of its owner's, and there is one."""
+        owner = record.get("owner", "")
+        return fairness.is_held(self.redis, _delivery_id(record), owner) and bool(
+            self.redis.exists(_running_key(owner))
+        )
+
+    def _change(self, job_id: str, change: Change, owner: str | None = None, look: Change | None = None) -> None:
+        """One transaction on a record: `change` sees it and queues commands, or raises and nothing happens.
+
+        Args:
+            look: reads and watches more, before commands are queued.
+        """
         with self.redis.pipeline() as pipe:
             while True:
                 try:
                     pipe.watch(_job_key(job_id))
                     record = _decode(cast(dict[bytes, bytes], pipe.hgetall(_job_key(job_id))))
                     _check_found(record, job_id, owner)
+                    if look:
+                        look(record, pipe)
                     pipe.multi()
                     change(record, pipe)
                     pipe.execute()
@@ -472,18 +525,36 @@ class JobQueue:
     def _set(self, record: Record, pipe: Pipeline, **fields: str) -> None:
         record.update(fields)
         pipe.hset(_job_key(record["id"]), mapping=cast(Any, fields))
+        if "status" in fields:
+            self._count(record, pipe)
+
+    def _count(self, record: Record, pipe: Pipeline) -> None:
+        """Keep the owner's sets as the record's new status is; where a job leaves a worker, another may start."""
+        job_id, owner, status = record["id"], record.get("owner", ""), record["status"]
+        waiting, running = _waiting_key(owner), _running_key(owner)
+        (pipe.sadd if status == JobStatus.QUEUED else pipe.srem)(waiting, job_id)
+        if status in (JobStatus.RUNNING, JobStatus.CANCELLING):
+            pipe.sadd(running, job_id)
+        else:
+            pipe.srem(running, job_id)
+            if int(record["attempt"]):
+                fairness.release(pipe, self.deliveries.key, owner)
 
     def _deliver(self, record: Record, pipe: Pipeline, *, at_front: bool = False) -> None:
         self._set(record, pipe, deliveries=str(int(record["deliveries"]) + 1))
-        self.deliveries.enqueue_call(
-            "adapt", args=[record["id"]], job_id=_delivery_id(record), at_front=at_front, pipeline=pipe
-        )
+        delivery = _delivery_id(record)
+        self.deliveries.enqueue_call("adapt", args=[record["id"]], job_id=delivery, at_front=at_front, pipeline=pipe)
+        if at_front:
+            fairness.place_first(pipe, delivery)
+        else:
+            fairness.place(pipe, self.deliveries.key, delivery, record.get("owner", ""))
 
-    def _withdraw(self, record: Record, pipe: Pipeline) -> None:
+    def _withdraw(self, record: Record, pipe: Pipeline, *, started: bool = False) -> None:
         delivery = _delivery_id(record)
         pipe.lrem(self.deliveries.key, 0, delivery)
         pipe.lrem(self.deliveries.intermediate_queue_key, 0, delivery)
         pipe.delete(f"rq:job:{delivery}")
+        fairness.leave(pipe, delivery, record.get("owner", ""), started=started)
 
     def _fail(self, record: Record, pipe: Pipeline, error: C2IError) -> None:
         described = JobError(code=error.code, message=error.message, param=error.param, retryable=error.retryable)
@@ -544,6 +615,14 @@ def check_event_id(event_id: str, param: str = "after") -> None:
 
 def _job_key(job_id: str) -> str:
     return f"c2i:job:{job_id}"
+
+
+def _waiting_key(owner: str) -> str:
+    return f"c2i:waiting:{owner}"
+
+
+def _running_key(owner: str) -> str:
+    return f"c2i:running:{owner}"
 
 
 def _events_key(job_id: str) -> str:

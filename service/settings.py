@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from service.jobs import invalid_input
 
 MAX_BODY_BYTES = 16_000_000
+KEYED_REQUESTS_PER_SECOND = 100.0
 
 
 class Settings(BaseSettings):
@@ -39,6 +40,16 @@ class Settings(BaseSettings):
     """How much a job may write; checked before it begins, by its model's size, and while it runs."""
     grace_seconds: Annotated[float, Field(ge=0)] = 30.0
     """How long a worker that is told to stop (SIGTERM) lets its job run on before it hands it back."""
+    max_requests_per_second: Annotated[float | None, Field(ge=0)] = None
+    """Of each API key, in the long run; 0 for no limit. Without it 100, and no limit where no keys are in force."""
+    max_waiting_jobs: Annotated[int | None, Field(ge=1)] = 10_000
+    """Of each API key, in the queue."""
+    max_running_jobs: Annotated[int | None, Field(ge=1)] = None
+    """Of each API key, at the same time; without it, as many as there are workers."""
+    max_tokens: Annotated[int, Field(ge=1)] = 2_000_000
+    """Of a job: prompts and all answers of its three lists."""
+    max_model_parameters: Annotated[int | None, Field(ge=1)] = None
+    """Of a job's model; without it, whatever is installed."""
     require_keys: bool = False
     """Ask for API keys on loopback too, behind a proxy say; on any other address they are always asked for."""
 
@@ -46,6 +57,13 @@ class Settings(BaseSettings):
     def keys_in_force(self) -> bool:
         """Whether a request needs an API key."""
         return self.require_keys or not is_loopback(self.host)
+
+    @property
+    def rate_in_force(self) -> float:
+        """Requests a second of each caller; 0 for no limit."""
+        if self.max_requests_per_second is not None:
+            return self.max_requests_per_second
+        return KEYED_REQUESTS_PER_SECOND if self.keys_in_force else 0.0
 
     @property
     def job_ttl(self) -> timedelta:

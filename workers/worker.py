@@ -32,8 +32,9 @@ from rq.worker import WorkerStatus
 
 from service import workforce
 from service.artifacts import ArtifactStore
-from service.errors import C2IError, Conflict, JobNotFound
+from service.errors import C2IError, Conflict, Held, JobNotFound
 from service.jobs import JobStatus
+from service.limits import QueueLimits
 from service.processes import adopt_orphans, die_with_parent
 from service.queue import JobQueue, connect
 from service.settings import Settings
@@ -62,7 +63,7 @@ def work(settings: Settings, redis_url: str, adapt: Adapt, probe: Callable[[], M
     Raises:
         Unavailable: Redis does not answer at the start, or nothing can be computed here.
     """
-    queue = JobQueue(connect(redis_url), settings.job_ttl)
+    queue = JobQueue(connect(redis_url), settings.job_ttl, QueueLimits.of(settings))
     queue.check()
     store = ArtifactStore(settings.artifacts)
     info = _introduce(in_child(probe))
@@ -147,6 +148,9 @@ class Worker(rq.Worker):
         self._lease, self._ended_for = Lease(), None
         try:
             attempt = self._queue.start(job_id)
+        except Held as error:
+            logger.info("%s waits: %s", job_id, error)
+            return
         except (Conflict, JobNotFound) as error:
             logger.info("not starting %s: %s", job_id, error)
             self._queue.drop(job.id)

@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import Depends
+from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
 
-from service.errors import Forbidden, Unauthenticated
+from service.errors import Forbidden, TooManyRequests, Unauthenticated
 from service.keys import Scope
 from service.routes.dependencies import TheService, documented
 
@@ -36,13 +36,23 @@ def needs(scope: Scope) -> Any:
     """The dependency of a route for callers whose key has this scope."""
 
     async def authenticate(
-        service: TheService, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]
+        request: Request,
+        service: TheService,
+        credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)],
     ) -> Caller:
         if not service.settings.keys_in_force:
+            service.rates.take("")
             return Caller(owner="", sees=None)
-        if credentials is None:
-            raise Unauthenticated("an API key is needed: `Authorization: Bearer KEY`")
-        key = await run_in_threadpool(service.keys.authenticate, credentials.credentials)
+        address = request.client.host if request.client else ""
+        service.failures.check(address)
+        try:
+            if credentials is None:
+                raise Unauthenticated("an API key is needed: `Authorization: Bearer KEY`")
+            key = await run_in_threadpool(service.keys.authenticate, credentials.credentials)
+        except Unauthenticated:
+            service.failures.take(address)
+            raise
+        service.rates.take(key.id)
         key.check_scope(scope)
         return Caller(owner=key.id, sees=None if Scope.ADMIN in key.scopes else key.id)
 
@@ -55,20 +65,22 @@ Admin = Annotated[Caller, needs(Scope.ADMIN)]
 
 
 def document_keys(schema: dict[str, Any], *, in_force: bool) -> None:
-    """Make an OpenAPI document say what is so: 401 and 403 where a key is needed, and no keys where none are."""
+    """Make an OpenAPI document say what is so: 429 where a caller is counted, 401 and 403 where a key is needed, and
+    no keys where none are."""
+    refused = documented(TooManyRequests, *((Unauthenticated, Forbidden) if in_force else ()))
     refusals = {
         str(status): {
             "description": response["description"],
             "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}},
         }
-        for status, response in documented(Unauthenticated, Forbidden).items()
-        if status in (Unauthenticated.status, Forbidden.status)
+        for status, response in refused.items()
+        if int(status) < 500
     }
     for operations in schema["paths"].values():
         for operation in operations.values():
-            if "security" in operation and in_force:
+            if "security" in operation:
                 operation["responses"] |= refusals
-            elif "security" in operation:
-                del operation["security"]
+                if not in_force:
+                    del operation["security"]
     if not in_force:
         schema["components"].pop("securitySchemes", None)

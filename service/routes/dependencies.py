@@ -26,6 +26,7 @@ from service.errors import (
 )
 from service.jobs import field_path
 from service.keys import KeyStore
+from service.limits import Rates
 from service.queue import JobQueue
 from service.settings import MAX_BODY_BYTES, Settings
 from service.watching import Watcher
@@ -39,6 +40,10 @@ class Service:
     queue: JobQueue
     store: ArtifactStore
     keys: KeyStore
+    rates: Rates
+    """Requests of each caller."""
+    failures: Rates
+    """Wrong keys from each address."""
     watcher: Watcher
 
 

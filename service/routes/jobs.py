@@ -18,12 +18,14 @@ from service.errors import (
     JobNotFound,
     ModelNotFound,
     PayloadTooLarge,
+    TooManyRequests,
     UnsupportedMediaType,
     UnusableModel,
 )
 from service.estimates import Estimate, Loads, Size, estimate
 from service.idempotency import Claim
 from service.jobs import Job, JobSpec
+from service.limits import check_model_size
 from service.queue import check_job_id, new_job_id
 from service.routes.authentication import Caller, Reader, Submitter
 from service.routes.dependencies import IdempotencyKey, Service, TheService, documented
@@ -122,8 +124,10 @@ def _too_large() -> PayloadTooLarge:
 def _check(service: Service, body: bytes) -> tuple[JobSpec, models.Model]:
     spec = JobSpec.parse_json(body)
     model = models.resolve(service.settings.models, spec.model)
+    check_model_size(model, service.settings.max_model_parameters)
     masks.check_masks(model, spec)
     lengths.check_lengths(model, spec)
+    lengths.check_total(model, spec, service.settings.max_tokens)
     return spec, model
 
 
@@ -150,7 +154,7 @@ def _create(service: Service, caller: Caller, body: bytes, claim: Claim | None) 
     service.store.put_input(job_id, spec)
     try:
         job = service.queue.create(job_id, spec, caller.owner, claim)
-    except Conflict:
+    except (Conflict, TooManyRequests):
         service.store.discard_input(job_id)
         raise
     if job.id != job_id:  # a request with the same claim was faster

@@ -1,0 +1,90 @@
+"""What one caller may take of the service: requests a second, jobs waiting and running, tokens, the size of a model."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from service.errors import TooManyRequests, UnusableModel
+from service.models import Model
+from service.settings import Settings
+
+# A caller that was silent may send so many seconds' worth at once.
+BURST_SECONDS = 2.0
+# Callers whose buckets are remembered; a bucket that is forgotten is a full one.
+REMEMBERED = 10_000
+# Wrong keys from one address, a second.
+FAILURES_PER_SECOND = 5.0
+# When a caller whose jobs fill its part of the queue may look again.
+LOOK_AGAIN_SECONDS = 15
+
+
+@dataclass(frozen=True)
+class QueueLimits:
+    """Of one owner's jobs; None for no limit."""
+
+    waiting: int | None = None
+    running: int | None = None
+
+    @classmethod
+    def of(cls, settings: Settings) -> QueueLimits:
+        """As the operator set them."""
+        return cls(settings.max_waiting_jobs, settings.max_running_jobs)
+
+    def check_waiting(self, waiting: int) -> None:
+        """Raises TooManyRequests where an owner has as many jobs waiting as it may."""
+        if self.waiting is not None and waiting >= self.waiting:
+            raise TooManyRequests(
+                f"{waiting:,} of your jobs wait already, the most allowed; submit more when some have started",
+                retry_after=LOOK_AGAIN_SECONDS,
+            )
+
+
+class Rates:
+    """A token bucket for each caller, in this process: a store would cost every request a write synced to disk.
+
+    Called from the event loop alone.
+    """
+
+    def __init__(self, per_second: float) -> None:
+        """
+        Args:
+            per_second: requests a second of each caller in the long run; 0 for no limit.
+        """
+        self._rate = per_second
+        self._size = max(1.0, per_second * BURST_SECONDS)
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def check(self, caller: str) -> None:
+        """Raises TooManyRequests, with the time to wait, where the caller's bucket is empty."""
+        if self._rate and (tokens := self._tokens(caller)) < 1:
+            wait = math.ceil((1 - tokens) / self._rate)
+            raise TooManyRequests(
+                f"more than {self._rate:g} requests a second; wait {wait} s, and ask for several things less often: "
+                "`?wait=60` on a job answers when it has ended",
+                retry_after=wait,
+            )
+
+    def take(self, caller: str) -> None:
+        """Count a request. Raises as `check` does, and then counts nothing."""
+        self.check(caller)
+        if self._rate:
+            self._buckets[caller] = (self._tokens(caller) - 1, time.monotonic())
+            self._buckets.move_to_end(caller)
+            if len(self._buckets) > REMEMBERED:
+                self._buckets.popitem(last=False)
+
+    def _tokens(self, caller: str) -> float:
+        tokens, at = self._buckets.get(caller, (self._size, time.monotonic()))
+        return min(self._size, tokens + (time.monotonic() - at) * self._rate)
+
+
+def check_model_size(model: Model, limit: int | None) -> None:
+    """Raises UnusableModel for a model of more parameters than the operator allows."""
+    if limit is not None and model.parameters > limit:
+        raise UnusableModel(
+            f"this model has {model.parameters:,} parameters; this service takes models of up to {limit:,}",
+            param="model",
+        )
