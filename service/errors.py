@@ -12,7 +12,6 @@
     │   └── JobNotFound           job_not_found     404
     ├── MethodNotAllowed          method_not_allowed 405
     ├── Conflict                  conflict          409
-    │   └── Held                  conflict          409
     ├── TooManyRequests           too_many_requests 429   yes
     ├── Unavailable               unavailable       503   yes
     ├── OutOfMemory               out_of_memory     500
@@ -121,10 +120,6 @@ class Conflict(C2IError):
 
     code = "conflict"
     status = 409
-
-
-class Held(Conflict):
-    """The job waits until another of its owner's ends: told to workers only."""
 
 
 class TooManyRequests(C2IError):

@@ -54,6 +54,10 @@ elseif ARGV[2] == '1' and start and start > tonumber(redis.call('HGET', KEYS[2],
 end
 """
 
+_HOLD = """
+redis.call('ZADD', KEYS[2], tonumber(redis.call('ZSCORE', KEYS[1], ARGV[1]) or '0'), ARGV[1])
+"""
+
 _RELEASE = """
 local delivery = redis.call('ZRANGE', KEYS[4], 0, 0)[1]
 if delivery then
@@ -62,6 +66,10 @@ if delivery then
   redis.call('ZADD', KEYS[2], tonumber(redis.call('HGET', KEYS[3], 'now') or '0') - 1, delivery)
 end
 """
+
+
+class Held(Exception):
+    """To a worker: the job waits until another of its owner's ends."""
 
 
 def place(pipe: Pipeline, waiting: str, delivery: str, owner: str) -> None:
@@ -76,15 +84,14 @@ def place_first(pipe: Pipeline, delivery: str) -> None:
 
 def leave(pipe: Pipeline, delivery: str, owner: str, *, started: bool) -> None:
     """A delivery starts, or is withdrawn."""
-    _run(pipe, _LEAVE, [ORDER, CLOCK], delivery, "1" if started else "0")
+    _leave_order(pipe, delivery, started=started)
     pipe.zrem(HELD + owner, delivery)
 
 
 def hold(pipe: Pipeline, delivery: str, owner: str) -> None:
     """A delivery waits, out of the list, until a job of its owner ends."""
-    leave(pipe, delivery, owner, started=False)
-    # Deliveries' IDs sort by the time at which their jobs were created.
-    pipe.zadd(HELD + owner, {delivery: 0})
+    _run(pipe, _HOLD, [ORDER, HELD + owner], delivery)
+    _leave_order(pipe, delivery, started=False)
 
 
 def release(pipe: Pipeline, waiting: str, owner: str) -> None:
@@ -100,6 +107,10 @@ def is_held(redis: Redis, delivery: str, owner: str) -> bool:
 def held_before(redis: Redis, delivery: str, owner: str) -> int | None:
     """How many of the owner's are released before it; None where it is not held."""
     return cast(int | None, redis.zrank(HELD + owner, delivery))
+
+
+def _leave_order(pipe: Pipeline, delivery: str, *, started: bool) -> None:
+    _run(pipe, _LEAVE, [ORDER, CLOCK], delivery, "1" if started else "0")
 
 
 def _run(pipe: Pipeline, script: str, keys: list[str], *arguments: Any) -> None:

@@ -15,8 +15,6 @@ from service.settings import Settings
 BURST_SECONDS = 2.0
 # Callers whose buckets are remembered; a bucket that is forgotten is a full one.
 REMEMBERED = 10_000
-# Wrong keys from one address, a second.
-FAILURES_PER_SECOND = 5.0
 # When a caller whose jobs fill its part of the queue may look again.
 LOOK_AGAIN_SECONDS = 15
 
@@ -57,28 +55,24 @@ class Rates:
         self._size = max(1.0, per_second * BURST_SECONDS)
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
-    def check(self, caller: str) -> None:
-        """Raises TooManyRequests, with the time to wait, where the caller's bucket is empty."""
-        if self._rate and (tokens := self._tokens(caller)) < 1:
+    def take(self, caller: str) -> None:
+        """Count a request. Raises TooManyRequests, with the time to wait, where the caller's bucket is empty."""
+        if not self._rate:
+            return
+        now = time.monotonic()
+        left, at = self._buckets.get(caller, (self._size, now))
+        tokens = min(self._size, left + (now - at) * self._rate)
+        if tokens < 1:
             wait = math.ceil((1 - tokens) / self._rate)
             raise TooManyRequests(
-                f"more than {self._rate:g} requests a second; wait {wait} s, and ask for several things less often: "
-                "`?wait=60` on a job answers when it has ended",
+                f"more than {self._rate:g} requests a second; wait {wait} s, and ask less often: `?wait=60` on a job "
+                "answers when it has ended",
                 retry_after=wait,
             )
-
-    def take(self, caller: str) -> None:
-        """Count a request. Raises as `check` does, and then counts nothing."""
-        self.check(caller)
-        if self._rate:
-            self._buckets[caller] = (self._tokens(caller) - 1, time.monotonic())
-            self._buckets.move_to_end(caller)
-            if len(self._buckets) > REMEMBERED:
-                self._buckets.popitem(last=False)
-
-    def _tokens(self, caller: str) -> float:
-        tokens, at = self._buckets.get(caller, (self._size, time.monotonic()))
-        return min(self._size, tokens + (time.monotonic() - at) * self._rate)
+        self._buckets[caller] = (tokens - 1, now)
+        self._buckets.move_to_end(caller)
+        if len(self._buckets) > REMEMBERED:
+            self._buckets.popitem(last=False)
 
 
 def check_model_size(model: Model, limit: int | None) -> None:

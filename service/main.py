@@ -18,7 +18,7 @@ from service.artifacts import ArtifactStore
 from service.errors import C2IError, Unauthenticated
 from service.jobs import JobSpec
 from service.keys import KeyStore
-from service.limits import FAILURES_PER_SECOND, QueueLimits, Rates
+from service.limits import QueueLimits, Rates
 from service.queue import JobQueue, connect
 from service.reaper import Reaper
 from service.routes import events, files, health, jobs, models
@@ -39,7 +39,6 @@ def create_app(settings: Settings, redis_url: str) -> FastAPI:
         ArtifactStore(settings.artifacts),
         KeyStore(redis),
         Rates(settings.rate_in_force),
-        Rates(FAILURES_PER_SECOND),
         Watcher(redis_url),
     )
 

@@ -41,7 +41,7 @@ from rq import Queue
 from rq.serializers import JSONSerializer
 
 from service import fairness, idempotency
-from service.errors import C2IError, Conflict, Held, InvalidInput, JobNotFound, Unavailable, WorkerDied
+from service.errors import C2IError, Conflict, InvalidInput, JobNotFound, Unavailable, WorkerDied
 from service.idempotency import Claim
 from service.jobs import Job, JobError, JobEvent, JobResult, JobSpec, JobStatus, Progress
 from service.limits import QueueLimits
@@ -279,7 +279,7 @@ class JobQueue:
 
         Raises:
             Conflict: it was cancelled, or another worker has it.
-            Held: its owner has as many jobs running as it may; it waits for one of them to end.
+            fairness.Held: its owner has as many jobs running as it may; it waits for one of them to end.
         """
         attempt = running = 0
 
@@ -308,7 +308,7 @@ class JobQueue:
 
         self._change(job_id, change, look=look if self.limits.running is not None else None)
         if not attempt:
-            raise Held("the owner of the job has as many running as it may")
+            raise fairness.Held("the owner of the job has as many running as it may")
         return attempt
 
     def drop(self, delivery: str) -> None:

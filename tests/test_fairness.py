@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.embedded import EmbeddedRedis
-from service.errors import Held, InternalError
-from service.fairness import CLOCK, ORDER
+from service.errors import InternalError
+from service.fairness import CLOCK, ORDER, Held
 from service.jobs import JobSpec, JobStatus
 from service.limits import QueueLimits
 from service.queue import JobQueue, connect, new_job_id

@@ -32,7 +32,8 @@ from rq.worker import WorkerStatus
 
 from service import workforce
 from service.artifacts import ArtifactStore
-from service.errors import C2IError, Conflict, Held, JobNotFound
+from service.errors import C2IError, Conflict, JobNotFound
+from service.fairness import Held
 from service.jobs import JobStatus
 from service.limits import QueueLimits
 from service.processes import adopt_orphans, die_with_parent

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import Depends, Request
+from fastapi import Depends
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
 
@@ -36,22 +36,15 @@ def needs(scope: Scope) -> Any:
     """The dependency of a route for callers whose key has this scope."""
 
     async def authenticate(
-        request: Request,
         service: TheService,
         credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)],
     ) -> Caller:
         if not service.settings.keys_in_force:
             service.rates.take("")
             return Caller(owner="", sees=None)
-        address = request.client.host if request.client else ""
-        service.failures.check(address)
-        try:
-            if credentials is None:
-                raise Unauthenticated("an API key is needed: `Authorization: Bearer KEY`")
-            key = await run_in_threadpool(service.keys.authenticate, credentials.credentials)
-        except Unauthenticated:
-            service.failures.take(address)
-            raise
+        if credentials is None:
+            raise Unauthenticated("an API key is needed: `Authorization: Bearer KEY`")
+        key = await run_in_threadpool(service.keys.authenticate, credentials.credentials)
         service.rates.take(key.id)
         key.check_scope(scope)
         return Caller(owner=key.id, sees=None if Scope.ADMIN in key.scopes else key.id)

@@ -42,8 +42,6 @@ class Service:
     keys: KeyStore
     rates: Rates
     """Requests of each caller."""
-    failures: Rates
-    """Wrong keys from each address."""
     watcher: Watcher
 
 
