@@ -62,9 +62,9 @@ OLDEST_REDIS = (6, 2)
 OWNED = "c2i:jobs:owned"
 ENDED = "c2i:ended"
 DELETED = "c2i:deleted"
-# Index entries whose records are looked for in one round trip.
 # Jobs that expire at one look of the reaper.
 EXPIRE_BATCH = 200
+# Index entries whose records are looked for in one round trip.
 PRUNE_BATCH = 500
 # So near to its limit, an owner's submissions are counted one after the other.
 NEAR_LIMIT = 64
@@ -410,7 +410,7 @@ class JobQueue:
         ids = [job_id.decode() for job_id in cast(set[bytes], self.redis.smembers("c2i:active"))]
         waiting = {entry.decode() for entry in cast(list[bytes], self.redis.lrange(self.deliveries.key, 0, -1))}
         lost: dict[str, int] = {}
-        for job_id, record in self._read_many(ids, "id", "status", "attempt", "deliveries"):
+        for job_id, record in self._read_many(ids, "id", "status", "attempt", "deliveries", "owner"):
             if not record:
                 self.redis.srem("c2i:active", job_id)
             elif record["status"] == JobStatus.QUEUED:
