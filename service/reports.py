@@ -44,7 +44,8 @@ class Candidate(Strict):
     base_loss: float
     predicted_loss: float | None
     """Null where first order says nothing: no gradient was taken, or not for these components."""
-    loss: float
+    loss: float | None
+    """Null where it leaves the model without a finite one."""
     accuracy: float | None
     exact_match: float
     seconds: float
@@ -147,6 +148,7 @@ class Report(JobResult):
     splits: SplitSizes
     base: Metrics
     after_first_pass: Metrics | None
+    """Null where the pass was not accepted, or left the model without a finite loss on the test split."""
     adapted: Metrics
     differences: list[Difference]
     """Every metric's difference; `difference` is the one the verdict stands on."""

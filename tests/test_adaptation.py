@@ -23,9 +23,13 @@ from tests.plain import ARCHITECTURES, MIXTURES
 from tests.planted import Planted
 from workers import spectrum
 from workers.adaptation import adapt
+from workers.checkpoints import load
 from workers.evaluation import evaluate
 from workers.examples import Layout
+from workers.pruning import applied
+from workers.ranking import Plan
 from workers.spectrum import Spectrum, decompose
+from workers.targets import find_targets
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -124,6 +128,55 @@ def test_the_planted_component_is_found_removed_and_the_improvement_proved(
     assert report.model.architecture == "Qwen2ForCausalLM"
     assert report.model.target_modules == 14
     assert report.model.parameters == sum(p.numel() for p in plain.loaded(planted.folder).model.parameters())
+
+
+def break_one_answer(planted: Planted, out: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The planted model with an LM head whose row for `Z` overflows once the planted component is removed.
+
+    Returns:
+        The examples, of which none has that answer and so none its loss changed, and one that has it.
+    """
+    base = load(planted.folder)
+    model: Any = base.model
+    tokenizer: Any = base.tokenizer
+    head = model.get_output_embeddings()
+    targets = find_targets(model)[0][-1:]
+    seen: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0, -1]))
+    for plan in (Plan(), Plan({planted.module: (0,)})):
+        with torch.no_grad(), applied(targets, {planted.module: decompose(targets[0].weight)}, plan):
+            for example in planted.examples:
+                model(input_ids=torch.tensor([tokenizer(example.prompt)["input_ids"]]))
+    handle.remove()
+    before, after = torch.stack(seen).chunk(2)  # (examples, hidden) each
+    wanted = torch.cat([torch.full((len(before), 1), -1.0), torch.full((len(after), 1), -6.0)])
+    row = 7e37 * torch.linalg.lstsq(torch.stack(seen), wanted).solution[:, 0]
+    with torch.no_grad():
+        head.weight[tokenizer("Z")["input_ids"][0]] = row
+    logits, adapted = before @ row, after @ row
+    usable = (logits < 0) & (adapted < 0)
+    breaks = (usable & torch.isfinite(logits) & torch.isinf(adapted)).nonzero()[0].item()
+    model.save_pretrained(out)
+    tiny.tokenizer().save_pretrained(out)
+    examples = [example.model_dump() for example, there in zip(planted.examples, usable, strict=True) if there]
+    return examples, {"prompt": planted.examples[int(breaks)].prompt, "completion": "Z"}
+
+
+def test_a_removal_that_breaks_the_model_on_the_test_split_alone_keeps_the_base(
+    planted: Planted, tmp_path: Path, cache: Path
+) -> None:
+    examples, broken = break_one_answer(planted, tmp_path / "models" / "broken")
+    run = Run(
+        tmp_path / "models" / "broken", tmp_path / "out", cache, examples=examples[:80], test=[*examples[80:], broken]
+    )
+    report = run.report
+    assert report.passes[0].accepted
+    assert not report.improved
+    assert "the removal leaves the model without a finite loss on 1 of them" in report.verdict
+    assert report.adapted == report.base
+    assert report.after_first_pass is None
+    assert (report.plan, report.first_pass_differences) == ([], [])
+    assert Report.model_validate_json((run.out / "report.json").read_text()) == report
 
 
 def test_a_user_may_trade_gain_for_harmlessness(planted: Planted, tmp_path: Path, cache: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from service.jobs import Objective, Stage
+from service.reports import Candidate
 from service.strategies import C2IOptions, ComponentsOptions, LaserOptions, StrategyOptions
 from tests.plain import encoded, loaded, targets_of, weights_of
 from tests.planted import Planted
@@ -82,6 +83,13 @@ def listed(targets: Sequence[Target], options: LaserOptions, seed: int = 0) -> l
     return [[proposal.description for proposal in proposed] for proposed in proposals.rounds]
 
 
+def standing_of(candidate: Candidate) -> tuple[float, float]:
+    """More is better."""
+    assert candidate.accuracy is not None
+    assert candidate.loss is not None
+    return candidate.accuracy, -candidate.loss
+
+
 def test_laser_tries_every_matrix_with_every_retention_the_last_layer_and_the_smallest_rank_first(
     tiny_models: TinyModels,
 ) -> None:
@@ -134,7 +142,7 @@ def test_laser_takes_the_most_accurate_of_all_truncations_then_that_of_least_los
         assert candidate.accuracy == pytest.approx(expected.correct.mean(), abs=0.04)  # a near tie may fall otherwise
         assert candidate.examples == SELECTION
         assert candidate.predicted_loss is None
-    best = max(report.candidates, key=lambda c: (c.accuracy, -c.loss))
+    best = max(report.candidates, key=standing_of)
     assert report.accepted == (rank_of(outcomes[best.description]) > rank_of(search.outcomes[0]))
     assert report.accepted
     assert report.reason.startswith(f"{best.description}, best on the selection split")
@@ -171,8 +179,9 @@ def test_composing_goes_matrix_by_matrix_with_what_was_kept_and_ends_at_the_numb
     for name in tried:
         mine = [c for c in report.candidates if c.description.startswith(f"{name} ")]
         assert [c.base_loss for c in mine] == [pytest.approx(loss)] * len(mine)
-        best = max(mine, key=lambda c: (c.accuracy, -c.loss))
+        best = max(mine, key=standing_of)
         assert best.accuracy is not None
+        assert best.loss is not None
         now = (round(best.accuracy * SELECTION), -best.loss)
         assert (now > standing) == (name in reduced)
         if now > standing:

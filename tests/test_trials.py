@@ -76,3 +76,8 @@ def test_a_fold_whose_others_find_nothing_stays_as_it_was() -> None:
     choice = choose_by_accuracy([only], outcome([0, 0, 0, 0], [1, 1, 1, 1]), [[0, 1], [2, 3]], 3)
     assert [pick and pick.proposal.description for pick in choice.picks] == [None, "only", "only"]
     assert choice.outcome.correct.tolist() == [0, 0, 0, 0]
+
+
+def test_what_breaks_the_model_is_reported_without_a_loss() -> None:
+    assert trial("broken", outcome([1, 1, 1, 1], [0, 0, 0, math.inf])).report(BASE).loss is None
+    assert trial("sound", outcome([1, 1, 1, 1], [0, 0, 0, 1])).report(BASE).loss == 0.25

@@ -100,3 +100,15 @@ def test_one_test_example_decides_nothing() -> None:
 
     found = verdict(single(0, 9.0), single(1, 1.0), sizes=SplitSizes(gradient=10, selection=10, test=1))
     assert not found.improved
+
+
+def test_a_model_that_breaks_on_the_test_split_alone_is_not_returned() -> None:
+    base, adapted = outcome(60, 2.0), outcome(100, 1.5)
+    adapted.loss[[3, 7]] = np.inf
+    found = verdict(base, adapted)
+    assert not found.improved
+    assert found.sentence == (
+        "Worse than the base on 200 unseen examples: the removal leaves the model without a finite loss on 2 of them. "
+        "The base model is returned."
+    )
+    assert [d.value for d in found.differences] == [0, 0, 0]

@@ -28,7 +28,7 @@ from workers.pruning import applied
 from workers.ranking import Plan
 from workers.reporting import Findings, Tested, make_report
 from workers.rounding import applied_unrounded
-from workers.search import Subject
+from workers.search import Subject, check_finite
 from workers.spectrum import Spectrum, SpectrumCache
 from workers.splits import Splits, divide
 from workers.strategies import dictionary, make_search
@@ -89,6 +89,7 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
         for k in {0, min(1, len(search.plans) - 1), last}:
             outcome = _test(subject, splits.test, search.plans[k]) if splits.test else search.outcomes[k]
             tested[k] = Tested(outcome, neutral.drift(search.plans[k], subject))
+        check_finite(tested[0].outcome, subject.dtype)
         verdict = judge(
             tested[0].outcome, tested[last].outcome, splits.sizes, spec.seed, removed=search.plans[last].size
         )

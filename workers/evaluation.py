@@ -120,6 +120,11 @@ class Outcome:
     correct: Array
     """(N,) 0 or 1, NaN for an open example."""
 
+    @property
+    def broken(self) -> int:
+        """How many examples have no finite loss."""
+        return int((~np.isfinite(self.loss)).sum())
+
 
 @torch.no_grad()
 def evaluate(
@@ -146,7 +151,7 @@ def evaluate(
         exact[at] = scored.exact.double().cpu().numpy()
         predicted[at] = scored.log_probabilities.argmax(1).cpu().numpy()
     # A plan that breaks the model, in float16 say, has the worst of losses, not an unknown one.
-    loss = np.nan_to_num(loss, nan=np.inf)
+    loss = np.where(np.isnan(loss), np.inf, loss)
     closed = np.array([example.closed for example in encoded], dtype=bool)
     gold = np.array([example.gold for example in encoded])
     correct[closed] = (predicted == gold)[closed]

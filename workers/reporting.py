@@ -54,7 +54,9 @@ class Findings:
 def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Report:
     """The report of one adaptation."""
     tested = found.splits.test or [found.splits.pool[row] for row in found.search.judged]
-    base, first = found.base.outcome, found.first
+    base = found.base.outcome
+    # JSON has no infinity, and a broken model no differences.
+    first = found.first if found.first and not found.first.outcome.broken else None
     returned = found.last if found.verdict.improved else found.base
     entries = _plan_entries(found.subject, found.plan)
     parameters = sum(p.numel() for p in found.subject.model.parameters())

@@ -90,6 +90,12 @@ class OnStep(Protocol):
     def __call__(self, stage: Stage, number: int, fraction: float, message: str) -> None: ...
 
 
+def check_finite(base: Outcome, dtype: str) -> None:
+    """Raises UnusableModel where the base model itself has no finite loss on some examples."""
+    if base.broken:
+        raise UnusableModel(f"in {dtype} its loss on some examples is not finite", param="model")
+
+
 class Search:
     """Passes over one pool of examples."""
 
@@ -135,8 +141,7 @@ class Search:
         started = self.clock.now()
         self.outcomes = [self._judge([track.plan for track in self.tracks], self.judged)]
         self.clock.searching += self.clock.now() - started
-        if not np.isfinite(self.outcomes[0].loss).all():
-            raise UnusableModel(f"in {self.subject.dtype} its loss on some examples is not finite", param="model")
+        check_finite(self.outcomes[0], self.subject.dtype)
         for number in range(1, passes + 1):
             report, outcome = self._one_pass(number, self.outcomes[-1], on_step)
             self.passes.append(report)

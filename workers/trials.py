@@ -55,7 +55,7 @@ class Trial:
             examples=int(judged.sum()),
             base_loss=base_loss,
             predicted_loss=None if fall is None else base_loss - fall,
-            loss=float(self.outcome.loss[judged].mean()),
+            loss=None if np.isinf(self.outcome.loss).any() else float(self.outcome.loss[judged].mean()),
             accuracy=float(closed.mean()) if closed.size else None,
             exact_match=float(self.outcome.exact[judged].mean()),
             seconds=self.seconds,

@@ -41,6 +41,10 @@ def judge(base: Outcome, adapted: Outcome, sizes: SplitSizes, seed: int, *, remo
     if not removed:
         sentence = "No significant improvement: no removal lowered the loss reliably. The base model is returned."
         return Verdict(False, sentence, unchanged[0], unchanged)
+    if adapted.broken:
+        told = f"the removal leaves the model without a finite loss on {adapted.broken} of them"
+        sentence = f"Worse than the base on {where}: {told}. The base model is returned."
+        return Verdict(False, sentence, unchanged[0], unchanged)
     found = differences(base, adapted, seed)
     worse = [d for d in found if d.metric != "loss" and d.high < 0 and d.p < SIGNIFICANT]
     better = [d for d in found if _better(d)]

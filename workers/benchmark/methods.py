@@ -213,6 +213,7 @@ def _candidates(cell: Cell, method: str, report: PassReport) -> list[CandidateRo
             chosen=report.accepted and (candidate.size, candidate.loss) == (report.chosen, report.loss),
         )
         for candidate in report.candidates
+        if candidate.loss is not None
     ]
 
 
