@@ -16,6 +16,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -246,7 +247,15 @@ class ArtifactStore:
 
 def disk_is_full(error: BaseException) -> bool:
     """Whether an error says that there is no room."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return error_number(error) in (errno.ENOSPC, errno.EDQUOT)
+
+
+def error_number(error: BaseException) -> int | None:
+    """The system's number of an error; what is written in Rust, safetensors say, tells it in words alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +13,11 @@ from typing import Any
 
 import psutil
 import pytest
+from safetensors import SafetensorError
 
-from tests.live import Api, WorkerProcess, wait_until
+from service.settings import Settings
+from tests.live import REPOSITORY, Api, WorkerProcess, wait_until
+from workers.attempt import explain
 from workers.lease import Lease
 from workers.limits import descendants, resident_bytes
 
@@ -125,3 +130,18 @@ def test_memory_and_processes_are_told_as_they_are() -> None:
     assert len(held) * 0.9 < resident_bytes(os.getpid()) - before < len(held) * 1.5
     assert resident_bytes(2**22 + 1) == 0
     assert set(descendants(os.getpid())) == {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+def test_a_library_that_tells_of_a_full_disk_in_words_alone_is_understood(tmp_path: Path) -> None:
+    script = (
+        "import resource, sys, torch; from pathlib import Path; from safetensors.torch import save_file\n"
+        "from service.settings import Settings; from workers.attempt import explain\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
+        "try: save_file({'a': torch.zeros(500_000)}, sys.argv[1])\n"
+        "except Exception as error: print(type(error).__name__, explain(error, Settings()).code)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "file")]
+    told = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert told.split() == ["SafetensorError", "out_of_disk"]
+    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert explain(full, Settings()).code == "unavailable"

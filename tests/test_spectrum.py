@@ -209,6 +209,20 @@ def test_a_damaged_file_is_computed_anew_and_replaced(
     assert len(decompositions) == 2
 
 
+def test_a_whole_file_under_anothers_name_is_computed_anew(
+    tmp_path: Path, decompositions: list[tuple[int, ...]]
+) -> None:
+    W, other = random(12, 6), random(12, 6, 1)
+    cache = SpectrumCache(tmp_path)
+    cache.get(W)
+    (mine,) = files(cache)
+    cache.get(other)
+    (others,) = set(files(cache)) - {mine}
+    mine.write_bytes(others.read_bytes())
+    assert same(cache.get(W), decompose(W))
+    assert len(decompositions) == 3
+
+
 def test_writers_at_once_leave_whole_files_and_nothing_else(tmp_path: Path) -> None:
     weights = [random(48, 24, seed) for seed in range(4)]
     expected = [decompose(W) for W in weights]

@@ -13,7 +13,7 @@ from typing import Protocol
 from redis.exceptions import RedisError
 
 from service import models
-from service.artifacts import ArtifactStore, disk_is_full
+from service.artifacts import ArtifactStore, disk_is_full, error_number
 from service.errors import C2IError, Conflict, InternalError, JobNotFound, OutOfDisk, Unavailable
 from service.jobs import JobSpec, Progress, Stage
 from service.queue import JobQueue
@@ -113,13 +113,8 @@ def explain(error: Exception, settings: Settings) -> C2IError:
         return error
     if is_out_of_memory(error):
         return out_of_memory("the job needed more memory than its worker has")
-    if _is_over_quota(error):
+    if error_number(error) == errno.EFBIG:  # a file grew past the limit of its process
         return out_of_disk(settings.job_disk_bytes)
     if disk_is_full(error):
         return Unavailable("the server's disk is full")
     return InternalError("an internal error in the worker; its log has the details under the job's ID")
-
-
-def _is_over_quota(error: Exception) -> bool:
-    """Whether a file grew past the limit of `limit_this_process`. safetensors says so in words alone."""
-    return (isinstance(error, OSError) and error.errno == errno.EFBIG) or f"(os error {errno.EFBIG})" in str(error)

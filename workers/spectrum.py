@@ -29,7 +29,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 # Part of every key: raise it when the meaning of a cached factor changes.
-FORMAT = b"c2i-spectrum-1"
+FORMAT = b"c2i-spectrum-2"
 # A cached factor weighs about half of its matrix; this holds those of some twenty models of 1 B parameters.
 CACHE_LIMIT_BYTES = 40 * 2**30
 # A file that is being written is renamed within seconds: one older than this was left by a writer that was killed.
@@ -85,8 +85,9 @@ def decompose(W: Tensor) -> Spectrum:
 class SpectrumCache:
     """Spectra on disk, one file a weight, named by the weight's content.
 
-    A file is the sha256 of its payload and the payload, written aside and renamed: a torn or altered file is
-    noticed and computed anew. Shared between processes without a lock, since equal keys mean equal content.
+    A file is the sha256 of its name and payload, and the payload, written aside and renamed: a torn or altered file,
+    or one under another's name, is noticed and computed anew. Shared between processes without a lock, since equal
+    keys mean equal content.
     """
 
     def __init__(self, folder: Path, limit_bytes: int = CACHE_LIMIT_BYTES) -> None:
@@ -117,7 +118,7 @@ class SpectrumCache:
             handle, name = tempfile.mkstemp(dir=self.folder, prefix=_WRITING)
             try:
                 with os.fdopen(handle, "wb") as file:
-                    file.write(hashlib.sha256(payload).digest() + payload)
+                    file.write(_seal(path.name, payload) + payload)
                 Path(name).replace(path)
             except OSError:
                 Path(name).unlink(missing_ok=True)
@@ -154,6 +155,12 @@ def _key(W: Tensor) -> str:
     return digest.hexdigest()
 
 
+def _seal(key: str, payload: bytes) -> bytes:
+    digest = hashlib.sha256(key.encode())
+    digest.update(payload)
+    return digest.digest()
+
+
 def _read(path: Path) -> Spectrum | None:
     try:
         content = path.read_bytes()
@@ -161,7 +168,7 @@ def _read(path: Path) -> Spectrum | None:
     except OSError:
         return None
     digest, payload = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-    if hashlib.sha256(payload).digest() != digest:
+    if _seal(path.name, payload) != digest:
         return None
     try:
         tensors = load(payload)
