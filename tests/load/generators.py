@@ -22,6 +22,7 @@ CONNECTIONS = 16
 class Rate:
     """Answers a second, and how long they took, in milliseconds."""
 
+    answers: int
     per_second: float
     p50: float
     p99: float
@@ -41,6 +42,7 @@ def wrk(url: str, seconds: float, *script: str) -> Rate:
     output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=HERE).stdout
     found = json.loads(output.splitlines()[-1])
     return Rate(
+        answers=found["requests"],
         per_second=(found["requests"] - found["failed"]) / found["microseconds"] * 1e6,
         p50=found["p50"] / 1e3,
         p99=found["p99"] / 1e3,
@@ -91,6 +93,7 @@ async def _at_rate(netloc: str, path: str, per_second: float, seconds: float) ->
     took = time.perf_counter() - began
     times.sort()
     return Rate(
+        answers=len(times),
         per_second=(len(times) - failed) / took,
         p50=times[len(times) // 2] * 1e3,
         p99=times[math.ceil(len(times) * 0.99) - 1] * 1e3,
