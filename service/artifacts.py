@@ -18,6 +18,7 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -45,9 +46,12 @@ class ArtifactStore:
             folder.mkdir(parents=True, exist_ok=True)
 
     def check(self) -> None:
-        """Raises Unavailable where the disk cannot be written."""
+        """Raises Unavailable where the disk cannot be written: a byte must come to rest there."""
         try:
-            self._lock.touch()
+            with tempfile.TemporaryFile(dir=self._work) as file:
+                file.write(b"c2i")
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise Unavailable(f"the artifact store cannot be written: {os.strerror(error.errno or 0)}") from None
 

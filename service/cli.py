@@ -7,7 +7,6 @@ Exit codes: 0 done; 1 the job failed or was cancelled, or an internal error; 2 w
 from __future__ import annotations
 
 import json
-import logging
 import math
 import sys
 from importlib.metadata import EntryPoint, entry_points
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from service import jsonl
+from service import jsonl, logs
 from service.client import WAIT_SECONDS, Client
 from service.errors import C2IError, InternalError, InvalidInput, Unavailable
 from service.jobs import Difference, Job, JobEvent, JobStatus, Objective, PromptFormat
@@ -63,8 +62,8 @@ def serve(
     """Serve the API with its workers, and an embedded Redis unless REDIS_URL is set."""
     from service.server import serve as run  # noqa: PLC0415 - the other commands need no server
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = Settings.load(host=host, port=port, data=data, workers=workers)
+    logs.configure(settings.log_level)
 
     def announce(url: str) -> None:
         ready = {"url": url, "data": str(settings.data)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,11 +13,14 @@ from fastapi.responses import JSONResponse
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 
+from service.access import Access
 from service.artifacts import ArtifactStore
 from service.errors import C2IError, Unauthenticated
 from service.jobs import JobSpec
 from service.keys import KeyStore
 from service.limits import QueueLimits, Rates
+from service.logs import named
+from service.metrics import Metrics
 from service.queue import JobQueue, connect
 from service.reaper import Reaper
 from service.routes import events, files, health, jobs, models
@@ -27,16 +29,19 @@ from service.routes.dependencies import Service, translate
 from service.settings import Settings
 from service.watching import Watcher
 
-logger = logging.getLogger(__name__)
+logger = named(__name__)
 
 
 def create_app(settings: Settings, redis_url: str) -> FastAPI:
     """The API over one data folder and one Redis."""
     redis = connect(redis_url)
+    queue = JobQueue(redis, settings.job_ttl, QueueLimits.of(settings))
     service = Service(
         settings,
-        JobQueue(redis, settings.job_ttl, QueueLimits.of(settings)),
+        queue,
+        connect(redis_url, patient=False),
         ArtifactStore(settings.artifacts),
+        Metrics(queue, settings.artifacts),
         KeyStore(redis),
         Rates(settings.rate_in_force),
         Watcher(redis_url),
@@ -51,6 +56,7 @@ def create_app(settings: Settings, redis_url: str) -> FastAPI:
         await service.watcher.close()
         reaper.stop()
         service.queue.redis.close()
+        service.probe.close()
 
     app = FastAPI(
         title="Compress-to-Impress",
@@ -63,6 +69,7 @@ def create_app(settings: Settings, redis_url: str) -> FastAPI:
         app.include_router(router)
     for kind in (C2IError, RequestValidationError, HTTPException, RedisError, OSError, Exception):
         app.add_exception_handler(kind, _respond)
+    app.add_middleware(Access, requests=service.metrics.requests)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
 
@@ -70,7 +77,7 @@ def create_app(settings: Settings, redis_url: str) -> FastAPI:
 def _respond(request: Request, error: Exception) -> JSONResponse:
     ours = translate(error)
     if isinstance(error, RedisError | OSError):  # what is nobody's error the server logs with its traceback
-        logger.error("%s %s: %s", request.method, request.url.path, error)
+        logger.error("a request failed", exc_info=error)
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     if ours.retryable:
         headers["Retry-After"] = str(ours.retry_after)

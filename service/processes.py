@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import signal
 import subprocess
@@ -12,7 +11,9 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-logger = logging.getLogger(__name__)
+from service.logs import named
+
+logger = named(__name__)
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -109,14 +110,16 @@ class Child:
                     preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - calls prctl and getppid only
                 )
             except OSError as error:
-                problem = f"{self.name} cannot be started: {error}"
+                problem = f"cannot be started: {os.strerror(error.errno or 0)}"
             else:
                 code = self._process.wait()
                 if self._stopping.is_set():
                     return
                 longest = LONGEST_RESTART_SECONDS if code < 0 else LONGEST_FAILURE_SECONDS
-                problem = f"{self.name} ended with code {code}"
+                problem = f"ended with code {code}"
             pause = RESTART_SECONDS if time.monotonic() - began > STABLE_SECONDS else min(pause, longest)
-            logger.warning("%s; starting it again in %.1f s", problem, pause)
+            logger.warning(
+                "a process ended; starting it again", process=self.name, problem=problem, pause=round(pause, 1)
+            )
             self._stopping.wait(pause)
             pause *= 2

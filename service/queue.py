@@ -25,7 +25,9 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Any, cast
@@ -40,7 +42,7 @@ from redis.retry import Retry
 from rq import Queue
 from rq.serializers import JSONSerializer
 
-from service import fairness, idempotency
+from service import counters, fairness, idempotency
 from service.errors import C2IError, Conflict, InvalidInput, JobNotFound, Unavailable, WorkerDied
 from service.idempotency import Claim
 from service.jobs import Job, JobError, JobEvent, JobResult, JobSpec, JobStatus, Progress
@@ -73,17 +75,30 @@ Record = dict[str, str]
 Change = Callable[[Record, Pipeline], None]
 
 
-def connect(url: str) -> Redis:
-    """A client that waits out a restart of Redis, up to three seconds of it.
+def connect(url: str, *, patient: bool = True) -> Redis:
+    """A client that waits out a restart of Redis, up to three seconds of it; an impatient one says within two that
+    there is none.
 
     Raises:
         InvalidInput: what is no Redis URL.
     """
-    retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), 8, supported_errors=(RedisConnectionError,))
+    tries = 8 if patient else 0
+    retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), tries, supported_errors=(RedisConnectionError,))
+    connecting, answering = (5, 10) if patient else (2, 2)
     try:
-        return Redis.from_url(url, socket_connect_timeout=5, socket_timeout=10, retry=retry)
+        return Redis.from_url(url, socket_connect_timeout=connecting, socket_timeout=answering, retry=retry)
     except ValueError:
         raise InvalidInput("a Redis URL begins with redis://, rediss:// or unix://", param="REDIS_URL") from None
+
+
+def check_redis(redis: Redis) -> None:
+    """Raises Unavailable where Redis does not answer or is too old."""
+    try:
+        version = str(redis.info("server")["redis_version"])
+    except RedisError:
+        raise Unavailable("Redis does not answer; check that it runs and that REDIS_URL leads to it") from None
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_REDIS:
+        raise Unavailable(f"Redis {version} is too old; 6.2 or newer is needed")
 
 
 def socket_url(path: str) -> str:
@@ -100,6 +115,19 @@ def _base32(number: int) -> str:
     return "".join("0123456789abcdefghjkmnpqrstvwxyz"[number >> shift & 31] for shift in range(45, -5, -5))
 
 
+@dataclass(frozen=True)
+class Census:
+    """What `/metrics` shows of the queue."""
+
+    by_status: Mapping[JobStatus, int]
+    """Of jobs that have not ended."""
+    kept: int
+    """Records, those of ended jobs included."""
+    depth: int
+    oldest: float | None
+    """When the job that waits longest was queued, in seconds of the epoch."""
+
+
 class JobQueue:
     """Records, events and deliveries of all jobs."""
 
@@ -111,12 +139,7 @@ class JobQueue:
 
     def check(self) -> None:
         """Raises Unavailable where Redis does not answer or is too old."""
-        try:
-            version = str(self.redis.info("server")["redis_version"])
-        except RedisError:
-            raise Unavailable("Redis does not answer; check that it runs and that REDIS_URL leads to it") from None
-        if tuple(map(int, version.split(".")[:2])) < OLDEST_REDIS:
-            raise Unavailable(f"Redis {version} is too old; 6.2 or newer is needed")
+        check_redis(self.redis)
 
     # --- what clients do: an `owner` sees its own jobs alone, None sees all ---------------------------------------
 
@@ -138,6 +161,7 @@ class JobQueue:
             "model": spec.model,
             "strategy": spec.strategy.value,
             "created_at": _now(),
+            "queued_at": repr(time.time()),
             "attempt": "0",
             "crashes": "0",
             "deliveries": "0",
@@ -163,6 +187,7 @@ class JobQueue:
                     pipe.sadd("c2i:active", job_id)
                     self._set(record, pipe, status=JobStatus.QUEUED.value)
                     self._deliver(record, pipe)
+                    counters.add(pipe, counters.JOBS_CREATED)
                     self._add_event(record, pipe, "status", "queued")
                     pipe.execute()
                 except WatchError:
@@ -304,6 +329,9 @@ class JobQueue:
             status = JobStatus.RUNNING.value
             self._set(record, pipe, status=status, attempt=str(attempt), started_at=_now(), progress=progress)
             pipe.set(_lease_key(job_id, attempt), "", ex=LEASE_SECONDS)
+            counters.add(pipe, counters.ATTEMPTS)
+            counters.add(pipe, counters.WAITS)
+            counters.add(pipe, counters.WAIT_SECONDS, _since(record, "queued_at"))
             self._add_event(record, pipe, "status", f"attempt {attempt} began")
 
         self._change(job_id, change, look=look if self.limits.running is not None else None)
@@ -334,12 +362,15 @@ class JobQueue:
 
         def change(record: Record, pipe: Pipeline) -> None:
             _check_attempt(record, attempt, JobStatus.RUNNING)
+            if progress.stage and progress.stage != record.get("stage"):
+                self._leave_stage(record, pipe)
+                self._set(record, pipe, stage=progress.stage.value, stage_at=repr(time.time()))
             self._set(record, pipe, progress=progress.model_dump_json())
             self._add_event(record, pipe, "progress", message)
 
         self._change(job_id, change)
 
-    def succeed(self, job_id: str, attempt: int, result: JobResult) -> None:
+    def succeed(self, job_id: str, attempt: int, result: JobResult, published_bytes: int = 0) -> None:
         """End with a result. What the attempt published becomes visible by this; twice is as good as once."""
 
         def change(record: Record, pipe: Pipeline) -> None:
@@ -350,6 +381,7 @@ class JobQueue:
                 update={"percent": 100.0, "eta_seconds": 0.0}
             )
             self._set(record, pipe, result=result.model_dump_json(), progress=progress.model_dump_json())
+            counters.add(pipe, counters.PUBLISHED_BYTES, published_bytes)
             self._end(record, pipe, JobStatus.SUCCEEDED, result.verdict)
 
         self._change(job_id, change)
@@ -386,6 +418,8 @@ class JobQueue:
             crashes = int(record["crashes"]) + crashed
             self._set(record, pipe, crashes=str(crashes))
             pipe.delete(_lease_key(job_id, attempt))
+            if crashed:
+                counters.add(pipe, counters.ATTEMPTS_LOST)
             if crashes >= MAX_CRASHES:
                 died = WorkerDied(
                     f"the job's process ended {crashes} times without a result, last: {reason}. Most often the "
@@ -394,7 +428,9 @@ class JobQueue:
                 )
                 self._fail(record, pipe, error or died)
                 return
-            self._set(record, pipe, status=JobStatus.QUEUED.value, progress=Progress().model_dump_json())
+            self._leave_stage(record, pipe)
+            again = {"status": JobStatus.QUEUED.value, "queued_at": repr(time.time())}
+            self._set(record, pipe, **again, progress=Progress().model_dump_json())
             self._deliver(record, pipe, at_front=True)
             self._add_event(record, pipe, "status", f"queued again: {reason}")
 
@@ -435,6 +471,18 @@ class JobQueue:
             self.give_back(job_id, attempt, "its worker is gone", crashed=True)
         elif status is JobStatus.CANCELLING:
             self.cancelled(job_id, attempt)
+
+    def census(self) -> Census:
+        """How many jobs there are, for those who look on."""
+        ids = [job_id.decode() for job_id in cast(set[bytes], self.redis.smembers("c2i:active"))]
+        records = [record for _, record in self._read_many(ids, "status", "queued_at") if record]
+        queued = [float(record["queued_at"]) for record in records if record["status"] == JobStatus.QUEUED]
+        return Census(
+            by_status=Counter(JobStatus(record["status"]) for record in records),
+            kept=int(self.redis.zcard("c2i:jobs")),
+            depth=int(self.redis.llen(self.deliveries.key)),
+            oldest=min(queued, default=None),
+        )
 
     def expire(self) -> None:
         """Delete jobs that ended longer ago than they are kept. Nothing else does: the records have no TTL of Redis."""
@@ -561,7 +609,16 @@ class JobQueue:
         self._set(record, pipe, error=described.model_dump_json())
         self._end(record, pipe, JobStatus.FAILED, error.message)
 
+    def _leave_stage(self, record: Record, pipe: Pipeline) -> None:
+        """Count how long the attempt was in the stage that it leaves."""
+        if stage := record.get("stage"):
+            counters.add(pipe, counters.STAGES, stage=stage)
+            counters.add(pipe, counters.STAGE_SECONDS, _since(record, "stage_at"), stage=stage)
+            pipe.hdel(_job_key(record["id"]), "stage", "stage_at")
+
     def _end(self, record: Record, pipe: Pipeline, status: JobStatus, message: str) -> None:
+        self._leave_stage(record, pipe)
+        counters.add(pipe, counters.JOBS_ENDED, status=status.value)
         self._set(record, pipe, status=status.value, finished_at=_now())
         self._add_event(record, pipe, "status", message)
         pipe.srem("c2i:active", record["id"])
@@ -675,6 +732,11 @@ def _check_found(record: Record, job_id: str, owner: str | None) -> None:
 
 def _not_found(job_id: str) -> JobNotFound:
     return JobNotFound(f"no job {job_id[:64]}; finished jobs are kept for a time and then forgotten")
+
+
+def _since(record: Record, field: str) -> float:
+    """Seconds since a time of the record's; clocks of two machines may differ by a little."""
+    return max(0.0, time.time() - float(record.get(field) or time.time()))
 
 
 def _now() -> str:

@@ -9,7 +9,6 @@ It runs as a thread of every API process. Two of them are no harm: each change i
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 import time
 from datetime import timedelta
@@ -19,9 +18,10 @@ from redis.exceptions import RedisError
 from service.artifacts import ArtifactStore
 from service.errors import Conflict, JobNotFound
 from service.jobs import JobStatus
+from service.logs import named
 from service.queue import JobQueue
 
-logger = logging.getLogger(__name__)
+logger = named(__name__)
 
 # With a lease of 18 s, a job is back in the queue 18 to 24 s after its worker was killed.
 LOOK_SECONDS = 3.0
@@ -51,7 +51,7 @@ class Reaper(threading.Thread):
                     self.clean()
                     cleaned = time.monotonic()
             except RedisError as error:
-                logger.warning("the reaper cannot reach Redis: %s", error)
+                logger.warning("the reaper cannot reach Redis", exc_info=error)
             except Exception:
                 logger.exception("the reaper failed; it goes on")
             self._stopping.wait(LOOK_SECONDS)
@@ -80,7 +80,7 @@ class Reaper(threading.Thread):
         lost = self._queue.find_lost()
         for job_id, attempt in lost.items():
             if self._suspects.get(job_id) == attempt:
-                logger.warning("job %s was lost in attempt %d; giving it back", job_id, attempt)
+                logger.warning("a job was lost; giving it back", job_id=job_id, attempt=attempt)
                 with contextlib.suppress(Conflict, JobNotFound):
                     self._queue.recover(job_id, attempt)
         self._suspects = lost

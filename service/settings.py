@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -50,6 +50,8 @@ class Settings(BaseSettings):
     """Of a job: prompts and all answers of its three lists."""
     max_model_parameters: Annotated[int | None, Field(ge=1)] = None
     """Of a job's model; without it, whatever is installed."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Requests are logged on INFO, what failed on WARNING and ERROR."""
     require_keys: bool = False
     """Ask for API keys on loopback too, behind a proxy say; on any other address they are always asked for."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,9 +19,10 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from starlette.concurrency import run_in_threadpool
 
+from service.logs import named
 from service.queue import CHANGES
 
-logger = logging.getLogger(__name__)
+logger = named(__name__)
 
 # A subscription that hears nothing for so long asks whether Redis is still there, and waits so long for its answer.
 QUIET_SECONDS = 15.0
@@ -120,7 +120,7 @@ class Watcher:
                     await subscription.subscribe(CHANGES)
                     await self._listen(subscription)
             except (RedisError, OSError) as error:
-                logger.warning("the subscription to changes is lost: %s", error)
+                logger.warning("the subscription to changes is lost", exc_info=error)
             except Exception:
                 logger.exception("the watcher failed; it goes on")
             await asyncio.sleep(RECONNECT_SECONDS)

@@ -5,7 +5,6 @@ Everything else of it is real. `python -m tests.stand_in DATA`, with REDIS_URL s
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
+from service import logs
 from service.errors import UnusableModel
 from service.jobs import Difference, Drift, JobSpec, Removed, Stage
 from service.models import Model
@@ -141,5 +141,5 @@ def make_report(spec: JobSpec) -> Report:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO)
+    logs.configure()
     work(Settings(data=Path(sys.argv[1])), os.environ["REDIS_URL"], adapt, lambda: Machine("cpu", 1, 10.0))

@@ -49,6 +49,8 @@ NEEDS = {
     ("GET", "/v1/jobs/{job_id}/model.zip"): READ,
     ("HEAD", "/v1/jobs/{job_id}/model.zip"): READ,
     ("GET", "/v1/models"): READ,
+    ("GET", "/v1/workers"): ADMIN,
+    ("GET", "/metrics"): ADMIN,
 }
 DOCUMENTATION = ("/docs", "/docs/oauth2-redirect", "/openapi.json", "/redoc")
 OPEN = {("GET", "/healthz"), ("GET", "/readyz"), *((m, path) for m in ("GET", "HEAD") for path in DOCUMENTATION)}

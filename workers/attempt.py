@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from service import models
 from service.artifacts import ArtifactStore, disk_is_full, error_number
 from service.errors import C2IError, Conflict, InternalError, JobNotFound, OutOfDisk, Unavailable
 from service.jobs import JobSpec, Progress, Stage
+from service.logs import named
 from service.queue import JobQueue
 from service.reports import Report
 from service.settings import Settings
@@ -23,7 +23,7 @@ from workers.limits import out_of_disk, out_of_memory
 from workers.memory import is_out_of_memory
 from workers.progress import OnProgress
 
-logger = logging.getLogger(__name__)
+logger = named(__name__)
 
 # Progress within a stage is written no more often.
 PROGRESS_SECONDS = 0.5
@@ -50,17 +50,17 @@ def run_attempt(
         with store.workspace(job_id, attempt) as out:
             progress = _progress_writer(queue, job_id, attempt)
             report = adapt(spec, model, out, cache=settings.cache, on_progress=progress)
-            store.publish(job_id, attempt, out)
-        _insist(lambda: queue.succeed(job_id, attempt, report.brief()))
+            published = sum(file.bytes for file in store.publish(job_id, attempt, out))
+        _insist(lambda: queue.succeed(job_id, attempt, report.brief(), published))
     except (Conflict, JobNotFound) as error:
-        logger.info("%s, attempt %d, publishes nothing: %s", job_id, attempt, error)
+        logger.info("publishing nothing", reason=error.message)
         store.withdraw(job_id, attempt)
     except RedisError:
         raise
     except Exception as error:
         ours = explain(error, settings)
         if ours is not error:
-            logger.exception("%s, attempt %d, failed", job_id, attempt)
+            logger.exception("the attempt failed")
         with contextlib.suppress(Conflict, JobNotFound):
             _insist(lambda: queue.fail(job_id, attempt, ours))
 
@@ -91,7 +91,7 @@ def _progress_writer(queue: JobQueue, job_id: str, attempt: int) -> OnProgress:
         try:
             queue.progress(job_id, attempt, progress, message)
         except RedisError as error:
-            logger.warning("the progress of %s is not written: %s", job_id, error)
+            logger.warning("progress is not written", exc_info=error)
 
     return write
 

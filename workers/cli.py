@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from service import logs
 from service.errors import Unavailable
 from service.settings import Settings
 from service.strategies import read_options
@@ -17,8 +17,8 @@ def worker(
     data: Annotated[Path | None, typer.Option(help="Data folder, the same as the service's.")] = None,
 ) -> None:
     """Take jobs from the queue at REDIS_URL until stopped. `c2i serve` starts workers itself."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = Settings.load(data=data)
+    logs.configure(settings.log_level)
     if settings.redis_url is None:
         raise Unavailable(
             "set REDIS_URL to the Redis that the service uses; `c2i serve` with its embedded Redis starts its own"

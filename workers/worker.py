@@ -12,7 +12,6 @@ stopped, and the child with it (`workers.lease`).
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import secrets
 import select
@@ -36,6 +35,7 @@ from service.errors import C2IError, Conflict, JobNotFound
 from service.fairness import Held
 from service.jobs import JobStatus
 from service.limits import QueueLimits
+from service.logs import bind_contextvars, clear_contextvars, named
 from service.processes import adopt_orphans, die_with_parent
 from service.queue import JobQueue, connect
 from service.settings import Settings
@@ -45,7 +45,7 @@ from workers.lease import Lease
 from workers.limits import Output, Watch, end_descendants, limit_this_process, out_of_memory
 from workers.machine import Machine, in_child, measure
 
-logger = logging.getLogger(__name__)
+logger = named(__name__)
 
 # How often the parent looks whether its job was cancelled.
 LOOK_SECONDS = 0.25
@@ -76,7 +76,7 @@ def work(settings: Settings, redis_url: str, adapt: Adapt, probe: Callable[[], M
             try:
                 worker.work(logging_level="WARNING")
             except RedisError as error:
-                logger.warning("Redis does not answer: %s", error)
+                logger.warning("Redis does not answer", exc_info=error)
                 time.sleep(1)
             stopped = worker.stopped
     with contextlib.suppress(RedisError):
@@ -139,9 +139,10 @@ class Worker(rq.Worker):
         try:
             self._execute(job, queue)
         except RedisError as error:
-            logger.warning("cannot record what became of %s: %s; its lease lapses and it runs again", job.id, error)
+            logger.warning("cannot record what became of a job; its lease lapses and it runs again", exc_info=error)
         finally:
             self._busy = False
+            clear_contextvars()
             self._info = self._info.model_copy(update={"job_id": None, "attempt": None})
 
     def _execute(self, job: rq.job.Job, queue: rq.Queue) -> None:
@@ -149,14 +150,15 @@ class Worker(rq.Worker):
         self._lease, self._ended_for = Lease(), None
         try:
             attempt = self._queue.start(job_id)
-        except Held as error:
-            logger.info("%s waits: %s", job_id, error)
+        except Held:
+            logger.info("the job waits for another of its owner's", job_id=job_id)
             return
         except (Conflict, JobNotFound) as error:
-            logger.info("not starting %s: %s", job_id, error)
+            logger.info("not starting the job", job_id=job_id, reason=error.message)
             self._queue.drop(job.id)
             return
-        logger.info("starting %s, attempt %d", job_id, attempt)
+        bind_contextvars(job_id=job_id, attempt=attempt)
+        logger.info("starting the job")
         job.args = (job_id, attempt)
         self.set_state(WorkerStatus.BUSY)
         self._info = self._info.model_copy(update={"job_id": job_id, "attempt": attempt})
@@ -203,7 +205,7 @@ class Worker(rq.Worker):
             self._lease.renewed(now)
             self.heartbeat()
         except RedisError as error:
-            logger.warning("Redis does not answer while %s runs: %s", job_id, error)
+            logger.warning("Redis does not answer while the job runs", exc_info=error)
             return False
         return True
 
@@ -230,7 +232,7 @@ class Worker(rq.Worker):
                 time.sleep(0.5)
             else:
                 break
-        logger.info("%s, attempt %d, ended: %s", job_id, attempt, describe_exit(code))
+        logger.info("the attempt ended", how=describe_exit(code))
 
     def _record_end(self, job_id: str, attempt: int, code: int, watch: Watch) -> None:
         status = self._queue.attempt_status(job_id, attempt)
@@ -281,7 +283,7 @@ class Worker(rq.Worker):
             run_attempt(self._queue, self._store, self._settings, self._adapt, job_id, attempt)
             code = 0
         except BaseException:
-            logger.exception("the process of %s ends without a result", job.id)
+            logger.exception("the job's process ends without a result")
         finally:
             os._exit(code)
 

@@ -9,6 +9,7 @@ from fastapi import Depends, Header, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import AfterValidator, BaseModel
 from pydantic_core import PydanticCustomError
+from redis import Redis
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 
@@ -27,6 +28,7 @@ from service.errors import (
 from service.jobs import field_path
 from service.keys import KeyStore
 from service.limits import Rates
+from service.metrics import Metrics
 from service.queue import JobQueue
 from service.settings import MAX_BODY_BYTES, Settings
 from service.watching import Watcher
@@ -38,7 +40,10 @@ class Service:
 
     settings: Settings
     queue: JobQueue
+    probe: Redis
+    """The same Redis, asked without patience."""
     store: ArtifactStore
+    metrics: Metrics
     keys: KeyStore
     rates: Rates
     """Requests of each caller."""
