@@ -118,7 +118,7 @@ def test_a_worker_that_cannot_start_says_why_and_is_tried_ever_less_often(data: 
 def restarts(log: str) -> list[float] | None:
     """The first three pauses before a worker was started again."""
     lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
-    pauses = [line["seconds"] for line in lines if line.get("problem") == "ended with code 3"]
+    pauses = [line["pause"] for line in lines if line.get("problem") == "ended with code 3"]
     return pauses[:3] if len(pauses) > 2 else None
 
 
