@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass
 
+from service.artifacts import ArtifactStore
 from service.errors import TooManyRequests, UnusableModel
 from service.models import Model
 from service.settings import Settings
@@ -15,6 +16,9 @@ from service.settings import Settings
 BURST_SECONDS = 2.0
 # Callers whose buckets are remembered; a bucket that is forgotten is a full one.
 REMEMBERED = 10_000
+# A job writes a copy of its model and an adapter, which is a small part of it; and the report and tokenizer files.
+WITH_ADAPTER = 1.1
+BESIDES_BYTES = 64 * 2**20
 # When a caller whose jobs fill its part of the queue may look again.
 LOOK_AGAIN_SECONDS = 15
 
@@ -73,6 +77,23 @@ class Rates:
         self._buckets.move_to_end(caller)
         if len(self._buckets) > REMEMBERED:
             self._buckets.popitem(last=False)
+
+
+def check_disk(model: Model, store: ArtifactStore, limit: int) -> None:
+    """Whether a job's files, before all a copy of the model, may be written and find room.
+
+    Raises:
+        UnusableModel: they are more than a job may write.
+        Unavailable: the disk has no room for them now.
+    """
+    needed = int(WITH_ADAPTER * model.bytes) + BESIDES_BYTES
+    if needed > limit:
+        raise UnusableModel(
+            f"a copy of this model and what comes with it take {needed / 1e9:.1f} GB, and a job here may write "
+            f"{limit / 1e9:.1f} GB: take a smaller model",
+            param="model",
+        )
+    store.check_room(needed)
 
 
 def check_model_size(model: Model, limit: int | None) -> None:

@@ -15,8 +15,11 @@ import psutil
 import pytest
 from safetensors import SafetensorError
 
+from service.artifacts import ArtifactStore
+from service.embedded import EmbeddedRedis
+from service.errors import Unavailable
 from service.settings import Settings
-from tests.live import REPOSITORY, Api, WorkerProcess, wait_until
+from tests.live import REPOSITORY, Api, WorkerProcess, spec, wait_until
 from workers.attempt import explain
 from workers.lease import Lease
 from workers.limits import descendants, resident_bytes
@@ -70,13 +73,25 @@ def test_a_job_over_its_time_fails_whatever_it_does(api: Api, data: Path, tmp_pa
     assert log.stat().st_size < 1_100_000
 
 
-def test_a_model_whose_copy_is_over_the_quota_is_refused_before_anything_is_written(api: Api, data: Path) -> None:
-    worker = WorkerProcess(data, f"unix://{data}/redis/redis.sock", {"C2I_JOB_DISK_BYTES": "60000000"})
+def test_a_model_whose_copy_is_over_the_quota_is_refused_before_anything_is_written(
+    api: Api, data: Path, redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = WorkerProcess(data, redis.url, {"C2I_JOB_DISK_BYTES": "60000000"})
     try:
         error: dict[str, Any] = api.job(api.submit(metadata={"do": "block"}), wait=30)["error"]
     finally:
         worker.kill()
-    assert (error["code"], error["param"]) == ("out_of_disk", "model")
+    assert (error["code"], error["param"]) == ("unusable_model", "model")
+    monkeypatch.setenv("C2I_JOB_DISK_BYTES", "60000000")
+    strict = Api(data, redis.url)
+    response = strict.http.post("/v1/jobs", json=spec())
+    strict.stop()
+    assert (response.status_code, response.json()["error"]["code"]) == (422, "unusable_model")
+
+
+def test_a_disk_without_room_is_said_before_a_job_is_accepted(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match=r"GB left and the job needs 1000000\.0 GB"):
+        ArtifactStore(tmp_path).check_room(10**15)
 
 
 def forked(lease: Lease, work: str) -> int:

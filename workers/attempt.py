@@ -13,8 +13,9 @@ from redis.exceptions import RedisError
 
 from service import models
 from service.artifacts import ArtifactStore, disk_is_full, error_number
-from service.errors import C2IError, Conflict, InternalError, JobNotFound, OutOfDisk, Unavailable
+from service.errors import C2IError, Conflict, InternalError, JobNotFound, Unavailable
 from service.jobs import JobSpec, Progress, Stage
+from service.limits import check_disk
 from service.logs import named
 from service.queue import JobQueue
 from service.reports import Report
@@ -27,8 +28,6 @@ logger = named(__name__)
 
 # Progress within a stage is written no more often.
 PROGRESS_SECONDS = 0.5
-# Besides a copy of the model: the adapter, the report, tokenizer files.
-BESIDES_BYTES = 64 * 2**20
 
 
 class Adapt(Protocol):
@@ -46,7 +45,7 @@ def run_attempt(
     try:
         spec = store.get_input(job_id)
         model = models.resolve(settings.models, spec.model)
-        _check_disk(store, model, settings)
+        check_disk(model, store, settings.job_disk_bytes)
         with store.workspace(job_id, attempt) as out:
             progress = _progress_writer(queue, job_id, attempt)
             report = adapt(spec, model, out, cache=settings.cache, on_progress=progress)
@@ -63,17 +62,6 @@ def run_attempt(
             logger.exception("the attempt failed")
         with contextlib.suppress(Conflict, JobNotFound):
             _insist(lambda: queue.fail(job_id, attempt, ours))
-
-
-def _check_disk(store: ArtifactStore, model: models.Model, settings: Settings) -> None:
-    needed = model.bytes * 11 // 10 + BESIDES_BYTES
-    if needed > settings.job_disk_bytes:
-        raise OutOfDisk(
-            f"a copy of this model and what comes with it take {needed / 1e9:.1f} GB, and a job here may write "
-            f"{settings.job_disk_bytes / 1e9:.1f} GB: take a smaller model",
-            param="model",
-        )
-    store.check_room(needed)
 
 
 def _progress_writer(queue: JobQueue, job_id: str, attempt: int) -> OnProgress:

@@ -25,7 +25,7 @@ from service.errors import (
 from service.estimates import Estimate, Loads, Size, estimate
 from service.idempotency import Claim
 from service.jobs import Job, JobSpec
-from service.limits import check_model_size
+from service.limits import check_disk, check_model_size
 from service.queue import check_job_id, new_job_id
 from service.routes.authentication import Caller, Reader, Submitter
 from service.routes.dependencies import IdempotencyKey, Service, TheService, documented
@@ -125,6 +125,7 @@ def _check(service: Service, body: bytes) -> tuple[JobSpec, models.Model]:
     spec = JobSpec.parse_json(body)
     model = models.resolve(service.settings.models, spec.model)
     check_model_size(model, service.settings.max_model_parameters)
+    check_disk(model, service.store, service.settings.job_disk_bytes)
     masks.check_masks(model, spec)
     lengths.check_lengths(model, spec)
     lengths.check_total(model, spec, service.settings.max_tokens)
