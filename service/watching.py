@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from starlette.concurrency import run_in_threadpool
 
+from service.errors import TooManyRequests
 from service.logs import named
 from service.queue import CHANGES
 
@@ -28,6 +30,9 @@ logger = named(__name__)
 QUIET_SECONDS = 15.0
 ANSWER_SECONDS = 5.0
 RECONNECT_SECONDS = 0.5
+# Long polls and streams that one caller may have open: each is a connection, of which a process has thousands.
+MAX_WAITING = 1_000
+RETRY_AFTER_SECONDS = 15
 
 
 class Watch:
@@ -60,6 +65,7 @@ class Watcher:
         """Whoever waits is to come to an end."""
         self._redis = Redis.from_url(redis_url, socket_connect_timeout=ANSWER_SECONDS, health_check_interval=0)
         self._watches: dict[str, set[Watch]] = {}
+        self._open: Counter[str] = Counter()
         self._heard = 0
         self._reads: dict[Hashable, asyncio.Task[Any]] = {}
         self._task: asyncio.Task[None] | None = None
@@ -69,14 +75,27 @@ class Watcher:
         """How many wait for jobs now."""
         return sum(map(len, self._watches.values()))
 
+    def check_room(self, owner: str) -> None:
+        """Raises TooManyRequests where a caller has as many open as it may."""
+        if self._open[owner] >= MAX_WAITING:
+            raise TooManyRequests(
+                f"{MAX_WAITING:,} of your long polls and event streams are open, the most allowed; close some, or ask "
+                "without `wait`",
+                retry_after=RETRY_AFTER_SECONDS,
+            )
+
     @contextmanager
-    def watch(self, job_id: str) -> Iterator[Watch]:
+    def watch(self, job_id: str, owner: str = "") -> Iterator[Watch]:
         """Be woken at each change of the job, of its deletion too."""
         watch = Watch()
         self._watches.setdefault(job_id, set()).add(watch)
+        self._open[owner] += 1
         try:
             yield watch
         finally:
+            self._open[owner] -= 1
+            if not self._open[owner]:
+                del self._open[owner]
             others = self._watches[job_id]
             others.remove(watch)
             if not others:

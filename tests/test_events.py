@@ -15,10 +15,12 @@ from typing import Any
 import httpx
 import pytest
 
+from service import watching
 from service.client import Client
 from service.embedded import EmbeddedRedis
 from service.errors import Unavailable
 from service.jobs import JobEvent, Progress, Stage
+from service.keys import Scope
 from service.queue import JobQueue, connect
 from service.routes import events
 from service.watching import Watcher
@@ -236,6 +238,55 @@ def test_listeners_that_are_gone_are_let_go(api: Api) -> None:
     for client in clients:
         client.close()
     wait_until(lambda: api.service.watcher.waiting == 0, 10, "none is waited for")
+
+
+def test_one_caller_takes_no_more_connections_than_its_part(
+    api: Api, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "MAX_WAITING", 2)
+    job_id = api.submit()
+    listeners = [Listener(pool, api.url, job_id) for _ in range(2)]
+    wait_until(lambda: api.service.watcher.waiting == 2, 10, "both listen")
+    for refused in (
+        api.http.get(f"/v1/jobs/{job_id}/events", headers=STREAM),
+        api.http.get(f"/v1/jobs/{job_id}", params={"wait": 1}),
+    ):
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_requests")
+        assert int(refused.headers["Retry-After"]) > 0
+    assert api.job(job_id)["status"] == "queued"
+    with api.service.watcher.watch(job_id, "another"):
+        api.service.watcher.check_room("another")
+    api.service.queue.cancel(job_id)
+    for listener in listeners:
+        listener.end.result(10)
+    assert api.job(job_id, wait=1)["status"] == "cancelled"
+
+
+def test_a_revoked_key_hears_no_more_and_no_other_key_ever(
+    data: Path, redis: EmbeddedRedis, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(events, "LONGEST_STREAM_SECONDS", 0.5)
+    api = Api(data, redis.url, require_keys=True)
+    try:
+        scopes = frozenset({Scope.SUBMIT, Scope.READ})
+        (text, key), (other, _) = (api.service.keys.create(name, scopes) for name in ("owner", "other"))
+        api.http.headers["Authorization"] = f"Bearer {text}"
+        job_id = api.submit()
+        url = f"{api.url}/v1/jobs/{job_id}/events"
+        stranger = httpx.get(url, headers=STREAM | {"Authorization": f"Bearer {other}"})
+        assert (stranger.status_code, stranger.json()["error"]["code"]) == (404, "job_not_found")
+        assert httpx.get(url, headers=STREAM).status_code == 401
+        with api.http.stream("GET", url, headers=STREAM) as response:
+            lines = response.iter_lines()
+            next(lines)
+            api.service.keys.revoke(key.id)
+            for _ in lines:
+                pass  # to its end, which is not the job's
+        assert api.service.queue.status(job_id) == "queued"
+        assert api.http.get(url, headers=STREAM).status_code == 401
+    finally:
+        api.stop()
 
 
 def test_a_slow_reader_misses_nothing_and_holds_up_nobody(api: Api, queue: JobQueue, pool: ThreadPoolExecutor) -> None:

@@ -7,6 +7,7 @@ was cut off goes on behind the last one it has (`Last-Event-ID`, which browsers 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from service.errors import InvalidInput, JobNotFound
 from service.jobs import JobEvent
 from service.queue import JobQueue, check_event_id
-from service.routes.authentication import Reader
+from service.routes.authentication import Caller, Reader
 from service.routes.dependencies import Service, TheService, documented
 from service.routes.jobs import JobId
 
@@ -31,6 +32,8 @@ router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["jobs"])
 HEARTBEAT_SECONDS = 15.0
 # When to look again where Redis did not answer although it is subscribed to.
 RETRY_SECONDS = 1.0
+# Then a listener has to come again, and its key is asked for: one that was revoked meanwhile hears no more.
+LONGEST_STREAM_SECONDS = 600.0
 
 
 class EventList(BaseModel):
@@ -79,11 +82,12 @@ async def get_events(
     after = last_event_id or after
     if not _wants_stream(accept):
         return EventList(data=await run_in_threadpool(service.queue.events, job_id, after, caller.sees))
+    service.watcher.check_room(caller.owner)
     page = await run_in_threadpool(_read, service.queue, job_id, after, caller.sees)
     if page.ended and not page.text:
         return Response(status_code=204)  # a browser would connect again for ever
     headers = {"Cache-Control": "no-store", "Vary": "Accept", "X-Accel-Buffering": "no"}
-    return EventSourceResponse(_stream(service, job_id, caller.sees, page), headers=headers)
+    return EventSourceResponse(_stream(service, job_id, caller, page), headers=headers)
 
 
 def _wants_stream(accept: str) -> bool:
@@ -104,21 +108,21 @@ def _read(queue: JobQueue, job_id: str, after: str | None, owner: str | None) ->
     return Page(text, events[-1].id, events[-1].status.terminal)
 
 
-async def _stream(service: Service, job_id: str, owner: str | None, page: Page) -> AsyncIterator[bytes]:
+async def _stream(service: Service, job_id: str, caller: Caller, page: Page) -> AsyncIterator[bytes]:
     """Pages to the job's end. A listener that reads slowly holds up itself alone: its events wait in Redis."""
     if page.text:
         yield page.text
-    watcher = service.watcher
-    with watcher.watch(job_id) as watch:
-        while not page.ended:
+    watcher, until = service.watcher, time.monotonic() + LONGEST_STREAM_SECONDS
+    with watcher.watch(job_id, caller.owner) as watch:
+        while not page.ended and time.monotonic() < until:
             if not await watch.wait(HEARTBEAT_SECONDS):
                 yield KEEPALIVE_COMMENT
                 continue
             if watcher.stopped:
                 return
             try:
-                read = partial(_read, service.queue, job_id, page.last, owner)
-                page = await watcher.share((job_id, page.last, owner), read)
+                read = partial(_read, service.queue, job_id, page.last, caller.sees)
+                page = await watcher.share((job_id, page.last, caller.sees), read)
             except JobNotFound:
                 return  # deleted
             except RedisError:

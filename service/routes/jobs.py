@@ -187,14 +187,15 @@ async def get_job(
 ) -> Job:
     """One job; with `wait`, as soon as it has ended or after so many seconds."""
     if wait:
-        await _await_end(service, job_id, caller.sees, time.monotonic() + wait)
+        await _await_end(service, job_id, caller, time.monotonic() + wait)
     return await run_in_threadpool(service.queue.get, job_id, caller.sees)
 
 
-async def _await_end(service: Service, job_id: str, owner: str | None, deadline: float) -> None:
-    with service.watcher.watch(job_id) as watch:
+async def _await_end(service: Service, job_id: str, caller: Caller, deadline: float) -> None:
+    service.watcher.check_room(caller.owner)
+    with service.watcher.watch(job_id, caller.owner) as watch:
         while not service.watcher.stopped and await watch.wait(deadline - time.monotonic()):
-            if (await run_in_threadpool(service.queue.status, job_id, owner)).terminal:
+            if (await run_in_threadpool(service.queue.status, job_id, caller.sees)).terminal:
                 return
 
 
