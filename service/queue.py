@@ -242,15 +242,22 @@ class JobQueue:
 
     def events(self, job_id: str, after: str | None = None, owner: str | None = None) -> list[JobEvent]:
         """What happened to the job, oldest first, later than the event `after`."""
-        self.status(job_id, owner)
+        return self.history(job_id, after, owner)[1]
+
+    def history(
+        self, job_id: str, after: str | None = None, owner: str | None = None
+    ) -> tuple[JobStatus, list[JobEvent]]:
+        """The events, and the status before they were read: where it is terminal, none comes after them."""
+        status = self.status(job_id, owner)
         entries = cast(
             list[tuple[bytes, dict[bytes, bytes]]],
             self.redis.xrange(_events_key(job_id), f"({after}" if after else "-", "+"),
         )
-        return [
+        events = [
             JobEvent.model_validate({**json.loads(fields[b"event"]), "id": event_id.decode()})
             for event_id, fields in entries
         ]
+        return status, events
 
     def cancel(self, job_id: str, owner: str | None = None) -> Job:
         """Stop a job: at once where it is queued, else by asking its worker. Twice is as good as once.

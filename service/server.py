@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import resource
 import signal
 import socket
 import sys
@@ -24,6 +25,8 @@ from service.watching import Watcher
 WORKER_STOP_SECONDS = 10.0
 # Open downloads are cut off after this.
 CONNECTION_STOP_SECONDS = 2
+# Each connection is a file, and the usual 1,024 are soon taken by listeners; a process may raise its own limit so far.
+OPEN_FILES = 65_536
 
 
 def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
@@ -39,6 +42,7 @@ def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
             'the workers\' packages are not installed: `pip install "compress-to-impress[worker]"`, or serve the API '
             "alone with --workers 0"
         )
+    _allow_open_files()
     with _orderly_exit() as ending, ExitStack() as stack:
         listener = stack.enter_context(listen(settings.host, settings.port))
         settings.data.mkdir(parents=True, exist_ok=True)
@@ -84,6 +88,13 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._watcher.stop()
         await super().shutdown(sockets)
+
+
+def _allow_open_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
+from redis import Redis
 
 from service import watching
 from service.client import Client
@@ -23,6 +26,7 @@ from service.jobs import JobEvent, Progress, Stage
 from service.keys import Scope
 from service.queue import JobQueue, connect
 from service.routes import events
+from service.server import OPEN_FILES
 from service.watching import Watcher
 from tests.live import Api, ServeProcess, spec, wait_until
 
@@ -131,6 +135,26 @@ def test_a_stream_goes_on_behind_the_last_event_that_the_client_has(
     assert both.text.count("\nid: ") == 2
     # Nothing is left: 204 keeps a browser from asking again.
     assert api.http.get(url, headers=STREAM | {"Last-Event-ID": last}).status_code == 204
+
+
+def test_a_job_that_ends_while_its_events_are_read_still_tells_its_end(
+    api: Api, queue: JobQueue, redis: EmbeddedRedis
+) -> None:
+    job_id = api.submit()
+
+    class EndsMeanwhile(Redis):
+        def xrange(self, *arguments: Any, **options: Any) -> Any:
+            found = super().xrange(*arguments, **options)
+            queue.cancel(job_id)
+            return found
+
+    client = EndsMeanwhile.from_url(redis.url)
+    reading = JobQueue(client, timedelta(hours=1))
+    status, before = reading.history(job_id)
+    assert (status, [event.status for event in before]) == ("queued", ["queued"])
+    status, after = reading.history(job_id, before[-1].id)
+    assert (status, [event.status for event in after]) == ("cancelled", ["cancelled"])
+    client.close()
 
 
 def test_what_is_no_event_is_refused_by_the_name_it_was_sent_under(api: Api) -> None:
@@ -334,6 +358,19 @@ def test_three_hundred_listeners_cost_redis_what_one_does(api: Api, queue: JobQu
     heard, cost = asyncio.run(everyone())
     assert heard == [api.service.queue.events(job_id)] * 300
     assert cost < 100
+
+
+def test_the_service_raises_its_limit_of_connections_as_far_as_it_may(data: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        server = ServeProcess(data, "--workers", "0")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    try:
+        assert psutil.Process(server.process.pid).rlimit(psutil.RLIMIT_NOFILE)[0] == min(hard, OPEN_FILES)
+    finally:
+        server.stop()
 
 
 def test_open_streams_and_long_polls_end_at_once_when_the_service_stops(data: Path, pool: ThreadPoolExecutor) -> None:

@@ -99,13 +99,12 @@ def _wants_stream(accept: str) -> bool:
 
 
 def _read(queue: JobQueue, job_id: str, after: str | None, owner: str | None) -> Page:
-    events = queue.events(job_id, after, owner)
-    if not events:
-        return Page(b"", after, queue.status(job_id, owner).terminal)
+    status, events = queue.history(job_id, after, owner)
     text = b"".join(
         format_sse_event(data_str=event.model_dump_json(), event=event.kind, id=event.id) for event in events
     )
-    return Page(text, events[-1].id, events[-1].status.terminal)
+    ended = status.terminal or any(event.status.terminal for event in events[-1:])
+    return Page(text, events[-1].id if events else after, ended)
 
 
 async def _stream(service: Service, job_id: str, caller: Caller, page: Page) -> AsyncIterator[bytes]:
