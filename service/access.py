@@ -8,21 +8,29 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from typing import Any
+from collections.abc import Callable
 
 from prometheus_client import Counter, Histogram
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.keys import PREFIX
 from service.logs import bind_contextvars, clear_contextvars, named
 
 logger = named(__name__)
 
 HEADER = "X-Request-Id"
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# No API key: it would be in the log.
+REQUEST_ID = re.compile(rf"(?!{PREFIX})[A-Za-z0-9._-]{{1,64}}")
 # Asked by machines every few seconds.
 PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 UNMATCHED = "unmatched"
+# As proxies log a client that left before there was an answer.
+ABANDONED = 499
+
+Respond = Callable[[Request, Exception], Response]
 
 
 class Requests:
@@ -43,9 +51,14 @@ class Requests:
 class Access:
     """The outermost layer of the API."""
 
-    def __init__(self, app: ASGIApp, requests: Requests) -> None:
+    def __init__(self, app: ASGIApp, requests: Requests, respond: Respond) -> None:
+        """
+        Args:
+            respond: the answer to an error that nothing below had one for.
+        """
         self._app = app
         self._requests = requests
+        self._respond = respond
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, watch its answer."""
@@ -57,7 +70,7 @@ class Access:
         request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         clear_contextvars()
         bind_contextvars(request_id=request_id)
-        status, sent = 499, 0  # as proxies log a client that left before there was an answer
+        status, sent = ABANDONED, 0
 
         async def watch(message: Message) -> None:
             nonlocal status, sent
@@ -70,6 +83,12 @@ class Access:
 
         try:
             await self._app(scope, receive, watch)
+        except ClientDisconnect:
+            pass
+        except Exception as error:
+            if status != ABANDONED:
+                raise  # the server says so and closes the connection: the client sees that the answer is not whole
+            await self._respond(Request(scope), error)(scope, receive, watch)
         finally:
             self._note(scope, status, sent, time.perf_counter() - began)
 
@@ -78,18 +97,8 @@ class Access:
         method = scope["method"] if route != UNMATCHED else "any"
         self._requests.seconds.labels(method, route, str(status)).observe(seconds)
         self._requests.sent.labels(route).inc(sent)
-        job_id = scope.get("path_params", {}).get("job_id")
-        known: dict[str, Any] = {"job_id": job_id} if job_id else {}
         write = logger.debug if route in PROBES and status < 500 else logger.info
-        write(
-            "request",
-            method=method,
-            route=route,
-            status=status,
-            seconds=round(seconds, 4),
-            bytes=sent,
-            **known,
-        )
+        write("request", method=method, route=route, status=status, seconds=round(seconds, 4), bytes=sent)
 
 
 def _template(scope: Scope) -> str:

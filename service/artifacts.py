@@ -55,6 +55,11 @@ class ArtifactStore:
         except OSError as error:
             raise Unavailable(f"the artifact store cannot be written: {os.strerror(error.errno or 0)}") from None
 
+    def disk_bytes(self) -> tuple[int, int]:
+        """Free bytes of the store's disk, and its size."""
+        disk = shutil.disk_usage(self._work)
+        return disk.free, disk.total
+
     # --- inputs ----------------------------------------------------------------------------------------------
 
     def put_input(self, job_id: str, spec: JobSpec) -> None:

@@ -1,13 +1,13 @@
 """Counts that outlive every process: what happened to jobs, in one Redis hash, for `/metrics`.
 
-    c2i:counters    hash: `name` or `name|label=value` to its total
+    c2i:counters    hash: `name`, or `name|value` where it is counted by a label, to its total
 
 They are added to within the transaction that they count, so that they are neither lost nor counted twice.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 from redis import Redis
 
@@ -16,6 +16,7 @@ KEY = "c2i:counters"
 JOBS_CREATED = "jobs_created"
 JOBS_ENDED = "jobs_ended"
 """By status."""
+JOBS_REAPED = "jobs_reaped"
 ATTEMPTS = "attempts"
 ATTEMPTS_LOST = "attempts_lost"
 """Of attempts whose process or worker died."""
@@ -27,15 +28,17 @@ STAGES = "stages"
 PUBLISHED_BYTES = "published_bytes"
 
 
-def add(redis: Redis, name: str, amount: float = 1, **labels: str) -> None:
+def add(redis: Redis, name: str, amount: float = 1, label: str = "") -> None:
     """Add to a count, in a pipeline's transaction."""
-    redis.hincrbyfloat(KEY, name + "".join(f"|{label}={value}" for label, value in labels.items()), amount)
+    redis.hincrbyfloat(KEY, f"{name}|{label}" if label else name, amount)
 
 
-def read(redis: Redis) -> dict[str, dict[tuple[str, ...], float]]:
-    """All counts: name to the values of its labels to the total."""
-    found: dict[str, dict[tuple[str, ...], float]] = {}
-    for field, value in cast(dict[bytes, Any], redis.hgetall(KEY)).items():
-        name, *labels = field.decode().split("|")
-        found.setdefault(name, {})[tuple(label.partition("=")[2] for label in labels)] = float(value)
-    return found
+def read(redis: Redis) -> dict[tuple[str, str], float]:
+    """All totals by name and label, which is empty where there is none."""
+    found = cast(dict[bytes, bytes], redis.hgetall(KEY))
+    return {_name_and_label(field.decode()): float(total) for field, total in found.items()}
+
+
+def _name_and_label(field: str) -> tuple[str, str]:
+    name, _, label = field.partition("|")
+    return name, label

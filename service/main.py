@@ -36,12 +36,14 @@ def create_app(settings: Settings, redis_url: str) -> FastAPI:
     """The API over one data folder and one Redis."""
     redis = connect(redis_url)
     queue = JobQueue(redis, settings.job_ttl, QueueLimits.of(settings))
+    probe = connect(redis_url, patient=False)
+    store = ArtifactStore(settings.artifacts)
     service = Service(
         settings,
         queue,
-        connect(redis_url, patient=False),
-        ArtifactStore(settings.artifacts),
-        Metrics(queue, settings.artifacts),
+        probe,
+        store,
+        Metrics(JobQueue(probe, settings.job_ttl), store),
         KeyStore(redis),
         Rates(settings.rate_in_force),
         Watcher(redis_url),
@@ -67,16 +69,16 @@ def create_app(settings: Settings, redis_url: str) -> FastAPI:
     app.state.service = service
     for router in (jobs.router, events.router, files.router, models.router, health.router):
         app.include_router(router)
-    for kind in (C2IError, RequestValidationError, HTTPException, RedisError, OSError, Exception):
+    for kind in (C2IError, RequestValidationError, HTTPException, RedisError, OSError):
         app.add_exception_handler(kind, _respond)
-    app.add_middleware(Access, requests=service.metrics.requests)
+    app.add_middleware(Access, requests=service.metrics.requests, respond=_respond)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
 
 
 def _respond(request: Request, error: Exception) -> JSONResponse:
     ours = translate(error)
-    if isinstance(error, RedisError | OSError):  # what is nobody's error the server logs with its traceback
+    if not isinstance(error, C2IError | RequestValidationError | HTTPException):
         logger.error("a request failed", exc_info=error)
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     if ours.retryable:

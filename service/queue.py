@@ -10,6 +10,7 @@
     c2i:job:ID                    hash: the record
     c2i:job:ID:events             stream: what happened to it
     c2i:changes                   channel: the ID of a job that has changed
+    c2i:probe                     written by whoever asks whether Redis can be
     c2i:job:ID:lease:ATTEMPT      a worker has it; it renews this, and the key lapses with the worker
 
 rq is transport alone: a job's ID, as JSON, in its queue. Each delivery to a worker has an ID of its own,
@@ -37,7 +38,7 @@ from redis import Redis
 from redis.backoff import ExponentialBackoff
 from redis.client import Pipeline
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, WatchError
+from redis.exceptions import RedisError, ResponseError, WatchError
 from redis.retry import Retry
 from rq import Queue
 from rq.serializers import JSONSerializer
@@ -92,9 +93,14 @@ def connect(url: str, *, patient: bool = True) -> Redis:
 
 
 def check_redis(redis: Redis) -> None:
-    """Raises Unavailable where Redis does not answer or is too old."""
+    """Raises Unavailable where Redis does not answer, is too old, or refuses to write."""
     try:
         version = str(redis.info("server")["redis_version"])
+        redis.set("c2i:probe", "", ex=60)
+    except ResponseError:
+        raise Unavailable(
+            "Redis refuses to write; its log says why: a full disk, no memory, or it is a replica"
+        ) from None
     except RedisError:
         raise Unavailable("Redis does not answer; check that it runs and that REDIS_URL leads to it") from None
     if tuple(map(int, version.split(".")[:2])) < OLDEST_REDIS:
@@ -402,22 +408,32 @@ class JobQueue:
 
         self._change(job_id, change)
 
-    def cancelled(self, job_id: str, attempt: int) -> None:
+    def cancelled(self, job_id: str, attempt: int, *, reaped: bool = False) -> None:
         """The process of a job that was to be cancelled is gone."""
 
         def change(record: Record, pipe: Pipeline) -> None:
             _check_attempt(record, attempt, JobStatus.CANCELLING)
+            if reaped:
+                counters.add(pipe, counters.JOBS_REAPED)
             self._end(record, pipe, JobStatus.CANCELLED, "cancelled while it ran")
 
         self._change(job_id, change)
 
     def give_back(
-        self, job_id: str, attempt: int, reason: str, *, crashed: bool, error: C2IError | None = None
+        self,
+        job_id: str,
+        attempt: int,
+        reason: str,
+        *,
+        crashed: bool,
+        error: C2IError | None = None,
+        reaped: bool = False,
     ) -> None:
         """Queue a running job again, before all others; fail it where it has crashed too often.
 
         Args:
             error: what it then fails with, where more is known than that its process died.
+            reaped: not by its worker.
         """
 
         def change(record: Record, pipe: Pipeline) -> None:
@@ -427,6 +443,8 @@ class JobQueue:
             pipe.delete(_lease_key(job_id, attempt))
             if crashed:
                 counters.add(pipe, counters.ATTEMPTS_LOST)
+            if reaped:
+                counters.add(pipe, counters.JOBS_REAPED)
             if crashes >= MAX_CRASHES:
                 died = WorkerDied(
                     f"the job's process ended {crashes} times without a result, last: {reason}. Most often the "
@@ -470,14 +488,15 @@ class JobQueue:
             _check_attempt(record, attempt, JobStatus.QUEUED)
             self._withdraw(record, pipe)
             self._deliver(record, pipe, at_front=True)
+            counters.add(pipe, counters.JOBS_REAPED)
 
         status = self.status(job_id)
         if status is JobStatus.QUEUED:
             self._change(job_id, redeliver)
         elif status is JobStatus.RUNNING:
-            self.give_back(job_id, attempt, "its worker is gone", crashed=True)
+            self.give_back(job_id, attempt, "its worker is gone", crashed=True, reaped=True)
         elif status is JobStatus.CANCELLING:
-            self.cancelled(job_id, attempt)
+            self.cancelled(job_id, attempt, reaped=True)
 
     def census(self) -> Census:
         """How many jobs there are, for those who look on."""
@@ -619,13 +638,13 @@ class JobQueue:
     def _leave_stage(self, record: Record, pipe: Pipeline) -> None:
         """Count how long the attempt was in the stage that it leaves."""
         if stage := record.get("stage"):
-            counters.add(pipe, counters.STAGES, stage=stage)
-            counters.add(pipe, counters.STAGE_SECONDS, _since(record, "stage_at"), stage=stage)
+            counters.add(pipe, counters.STAGES, label=stage)
+            counters.add(pipe, counters.STAGE_SECONDS, _since(record, "stage_at"), label=stage)
             pipe.hdel(_job_key(record["id"]), "stage", "stage_at")
 
     def _end(self, record: Record, pipe: Pipeline, status: JobStatus, message: str) -> None:
         self._leave_stage(record, pipe)
-        counters.add(pipe, counters.JOBS_ENDED, status=status.value)
+        counters.add(pipe, counters.JOBS_ENDED, label=status.value)
         self._set(record, pipe, status=status.value, finished_at=_now())
         self._add_event(record, pipe, "status", message)
         pipe.srem("c2i:active", record["id"])

@@ -67,7 +67,7 @@ def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
         host, port = listener.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=CONNECTION_STOP_SECONDS
+            app, log_config=None, access_log=False, timeout_graceful_shutdown=CONNECTION_STOP_SECONDS
         )
         Server(config, app.state.service.watcher, lambda: on_ready(url)).run(sockets=[listener])
 

@@ -5,11 +5,13 @@ Everything else of it is real. `python -m tests.stand_in DATA`, with REDIS_URL s
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 from service import logs
@@ -67,6 +69,8 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
             threading.Event().wait(1)
         case "bug":
             raise RuntimeError(f"secret {spec.examples[0].prompt} in {out}")
+        case "tell":
+            tell(f"{spec.examples[0].prompt} in {out}")
         case "refuse":
             raise UnusableModel("its blocks hold no matrices", param="model")
         case "once":  # blocks in the first attempt
@@ -85,6 +89,27 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
     (out / "report.json").write_text(report.model_dump_json())
     on_progress(Stage.PUBLISHING, 99.0, 0.0, "publishing")
     return report
+
+
+def tell(secret: str) -> None:
+    """Give away a text in every way that a package has."""
+    print(secret)
+    os.write(2, secret.encode())
+    warnings.warn(secret, stacklevel=1)
+    logging.getLogger("transformers").error(secret)
+    logging.getLogger("rq.worker").error("failed: %s", RuntimeError(secret))
+    logging.getLogger("uvicorn.error").error("failed\n%s", secret)
+
+    def fail() -> None:
+        raise RuntimeError(secret)
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    try:
+        fail()
+    except RuntimeError as error:
+        raise KeyError(secret) from error
 
 
 def make_report(spec: JobSpec) -> Report:
@@ -141,5 +166,6 @@ def make_report(spec: JobSpec) -> Report:
 
 
 if __name__ == "__main__":
-    logs.configure()
-    work(Settings(data=Path(sys.argv[1])), os.environ["REDIS_URL"], adapt, lambda: Machine("cpu", 1, 10.0))
+    settings = Settings(data=Path(sys.argv[1]))
+    logs.configure(settings.log_level)
+    work(settings, os.environ["REDIS_URL"], adapt, lambda: Machine("cpu", 1, 10.0))

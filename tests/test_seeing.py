@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,14 @@ from pathlib import Path
 import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from redis import Redis
 
 from service.access import HEADER
-from service.embedded import EmbeddedRedis
+from service.embedded import EmbeddedRedis, socket_path
 from service.errors import InvalidInput
 from service.logs import describe
 from service.metrics import COUNTED
+from service.queue import socket_url
 from tests.live import REPOSITORY, Api, ServeProcess, WorkerProcess, install, redis, spec, wait_until
 
 SECRET = "the-secret-of-the-example"
@@ -104,13 +107,12 @@ def test_every_metric_is_documented_and_every_documented_one_is_there(api: Api) 
     families = {
         family.name: (family.type, {label for sample in family.samples for label in sample.labels} - {"le"})
         for family in text_string_to_metric_families(api.http.get("/metrics").text)
-        if not family.name.endswith("_created") or family.name == "c2i_jobs_created"
     }
     assert families.keys() == documented.keys()
     for name, (kind, labels) in families.items():
         assert kind == documented[name][0]
         assert labels <= documented[name][1]
-    assert {metric for metric, _, labels in COUNTED.values() if labels} <= documented.keys()
+    assert {metric for metric, *_ in COUNTED.values()} <= documented.keys()
 
 
 @pytest.mark.parametrize("path", ["docker/alerts.yaml", "docker/grafana-dashboard.json", "docs/metrics.md"])
@@ -122,6 +124,19 @@ def test_what_rules_and_panels_name_is_a_metric(path: str) -> None:
     if path.endswith(".json"):
         panels = json.loads(text)["panels"]
         assert len({panel["title"] for panel in panels}) == len(panels)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (apt-get install prometheus) is not installed")
+def test_rules_fire_where_they_should_and_panels_can_be_evaluated(tmp_path: Path) -> None:
+    def promtool(*arguments: str | Path) -> None:
+        done = subprocess.run(["promtool", *arguments], check=False, capture_output=True, text=True, cwd=REPOSITORY)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    promtool("test", "rules", "tests/alerts.yaml")
+    panels = json.loads((REPOSITORY / "docker/grafana-dashboard.json").read_text())["panels"]
+    rules = [{"record": "a", "expr": target["expr"]} for panel in panels for target in panel["targets"]]
+    (tmp_path / "panels.yaml").write_text(json.dumps({"groups": [{"name": "panels", "rules": rules}]}))
+    promtool("check", "rules", tmp_path / "panels.yaml")
 
 
 def test_a_service_without_workers_is_ready_and_says_so(api: Api, folder: Path, server: EmbeddedRedis) -> None:
@@ -142,7 +157,22 @@ def test_a_service_without_redis_is_not_ready_and_lives(api: Api, server: Embedd
     answer = api.http.get("/readyz", timeout=5)
     assert answer.status_code == 503
     assert answer.json()["error"]["message"].startswith("Redis does not answer")
+    found = scrape(api)
+    assert (found["c2i_ready|redis"], found["c2i_ready|disk"]) == (0, 1)
+    assert "c2i_jobs|queued" not in found
     assert api.http.get("/healthz").status_code == 200
+
+
+def test_a_service_whose_redis_writes_nothing_is_not_ready(api: Api) -> None:
+    redis = api.service.queue.redis
+    redis.config_set("maxmemory", 1)
+    try:
+        answer = api.http.get("/readyz")
+    finally:
+        redis.config_set("maxmemory", 0)
+    assert answer.status_code == 503
+    assert "refuses to write" in answer.json()["error"]["message"]
+    assert api.http.get("/readyz").status_code == 200
 
 
 def test_a_redis_that_answers_nothing_is_noticed_within_seconds(api: Api, server: EmbeddedRedis) -> None:
@@ -199,7 +229,33 @@ def test_a_request_has_an_id_that_its_log_line_bears(folder: Path) -> None:
     assert "secret" not in (folder / "log").read_text()
 
 
-@pytest.mark.parametrize("what", ["bug", "die", "exit", "memory", "refuse"])
+def test_an_error_that_nobody_foresaw_has_its_request_id_and_says_nothing_of_the_job(folder: Path) -> None:
+    with (folder / "log").open("wb") as log:
+        server = ServeProcess(folder, "--workers", "0", log=log)
+        try:
+            job_id = server.http.post("/v1/jobs", json=spec()).json()["id"]
+            with Redis.from_url(socket_url(str(socket_path(folder)))) as client:
+                client.hset(f"c2i:job:{job_id}", "result", json.dumps({"verdict": [SECRET, str(folder)]}))
+            answer = server.http.get(f"/v1/jobs/{job_id}", headers={HEADER: "mine-2"})
+            server.http.get(f"/v1/jobs/{SECRET}")
+            server.http.get("/v1/jobs", headers={HEADER: f"c2i_{SECRET}"})
+        finally:
+            server.stop()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+    assert answer.headers[HEADER] == "mine-2"
+    logged = (folder / "log").read_text()
+    assert SECRET not in logged + answer.text
+    assert str(folder) not in logged + answer.text
+    assert str(REPOSITORY) not in logged
+    lines = [json.loads(line) for line in logged.splitlines()]
+    created, failed, request = [line for line in lines if line.get("job_id") == job_id]
+    assert created["event"] == "request" and created["request_id"] != "mine-2"
+    assert failed["event"] == "a request failed" and failed["exception"][0]["type"] == "ValidationError"
+    assert failed["exception"][0]["at"][-2].startswith("service.queue:")
+    assert request["request_id"] == failed["request_id"] == "mine-2" and request["status"] == 500
+
+
+@pytest.mark.parametrize("what", ["bug", "tell", "die", "exit", "memory", "refuse"])
 def test_no_example_and_no_path_is_in_logs_errors_or_metrics(
     what: str, api: Api, folder: Path, server: EmbeddedRedis
 ) -> None:
@@ -218,6 +274,14 @@ def test_no_example_and_no_path_is_in_logs_errors_or_metrics(
     lines = [json.loads(line) for line in logged.splitlines()]
     of_the_job = [line for line in lines if line.get("job_id") == job_id]
     assert of_the_job and all("attempt" in line for line in of_the_job)
+    if what == "tell":
+        events = {line["event"] for line in of_the_job}
+        assert {"a package warns", "a package logs something", "failed: RuntimeError", "failed"} <= events
+        assert {"a thread ends by an error", "the attempt failed"} <= events
+        (dropped,) = [line for line in of_the_job if line["event"].startswith("what the job's process printed")]
+        assert dropped["bytes"] > len(SECRET)
+        told = [line["exception"] for line in of_the_job if line["event"] == "the attempt failed"]
+        assert [error["type"] for error in told[0]] == ["KeyError", "RuntimeError"]
     if what == "bug":
         (failed,) = [line for line in of_the_job if "exception" in line]
         assert failed["exception"][0]["type"] == "RuntimeError"
@@ -239,7 +303,7 @@ def test_our_own_errors_are_told_with_their_message_and_their_cause_without() ->
 
 
 def test_other_packages_lines_have_the_same_form() -> None:
-    code = "from service import logs; import logging; logs.configure(); logging.getLogger('x').warning('%s!', 'hello')"
+    code = "from service import logs; import logging; logs.configure(); logging.getLogger('rq').warning('%s!', 'hello')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     line = json.loads(done.stderr)
-    assert (line["event"], line["logger"], line["level"]) == ("hello!", "x", "warning")
+    assert (line["event"], line["logger"], line["level"]) == ("hello!", "rq", "warning")

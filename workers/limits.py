@@ -15,8 +15,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from service import logs
 from service.errors import C2IError, InternalError, OutOfDisk, OutOfMemory, TimedOut
 from service.settings import Settings
+
+logger = logs.named(__name__)
 
 # Processes and files are counted no more often.
 COUNT_SECONDS = 1.0
@@ -24,7 +27,7 @@ COUNT_SECONDS = 1.0
 MAX_PROCESSES = 64
 # What does not end within this is in the kernel's hands: a disk that hangs.
 END_SECONDS = 5.0
-# Of a job's standard output and error: more is a fault, and is dropped.
+# Of a job's log, or of what it prints: more is a fault, and is dropped.
 MAX_OUTPUT_BYTES = 1_000_000
 # As much as a pipe holds, so that one read empties it.
 PIPE_BYTES = 65_536
@@ -146,29 +149,56 @@ def oom_kills() -> int:
 
 
 class Output:
-    """A job's standard output and error, passed on to the worker's own up to a limit: no job fills a disk with it."""
+    """What a job's process says. Its log goes on to the worker's, up to a limit: no job fills a disk with it.
 
-    def __init__(self) -> None:
-        self._reader, self._writer = os.pipe()
-        os.set_blocking(self._reader, False)
-        self._left = MAX_OUTPUT_BYTES
+    What is printed is no log: it comes from packages and may hold anything of the job. It is counted and dropped, but
+    for those who look for a fault.
+    """
+
+    def __init__(self, *, passes_print: bool) -> None:
+        self._log = _Pipe()
+        self._printed = _Pipe()
+        self._passes_print = passes_print
 
     def take_over(self) -> None:
         """In the child: write into it."""
         for descriptor in (1, 2):
-            os.dup2(self._writer, descriptor)
+            os.dup2(self._printed.writer, descriptor)
+        logs.write_to(self._log.writer)
 
     def pass_on(self) -> None:
         """In the parent: what has come since. A child that writes faster than it is asked waits."""
-        with contextlib.suppress(BlockingIOError):
-            text = os.read(self._reader, PIPE_BYTES)
-            os.write(2, text[: self._left])
-            if 0 < self._left <= len(text):
-                os.write(2, b"\n... the job's further output is dropped\n")
-            self._left = max(0, self._left - len(text))
+        self._log.read(pass_on=True)
+        self._printed.read(pass_on=self._passes_print)
 
     def close(self) -> None:
         """Pass on the rest, and end."""
         self.pass_on()
+        for pipe in (self._log, self._printed):
+            pipe.close()
+        if self._printed.bytes and not self._passes_print:
+            logger.info(
+                "what the job's process printed is dropped; C2I_LOG_LEVEL=DEBUG passes it on", bytes=self._printed.bytes
+            )
+
+
+class _Pipe:
+    def __init__(self) -> None:
+        self._reader, self.writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        self.bytes = 0
+        """That have come so far."""
+
+    def read(self, *, pass_on: bool) -> None:
+        with contextlib.suppress(BlockingIOError):
+            text = os.read(self._reader, PIPE_BYTES)
+            left = max(0, MAX_OUTPUT_BYTES - self.bytes)
+            self.bytes += len(text)
+            if pass_on:
+                os.write(2, text[:left])
+                if 0 < left <= len(text):
+                    os.write(2, b"\n... the job's further output is dropped\n")
+
+    def close(self) -> None:
         os.close(self._reader)
-        os.close(self._writer)
+        os.close(self.writer)

@@ -35,7 +35,7 @@ from service.errors import C2IError, Conflict, JobNotFound
 from service.fairness import Held
 from service.jobs import JobStatus
 from service.limits import QueueLimits
-from service.logs import bind_contextvars, clear_contextvars, named
+from service.logs import belongs_to, named, take_over
 from service.processes import adopt_orphans, die_with_parent
 from service.queue import JobQueue, connect
 from service.settings import Settings
@@ -64,6 +64,7 @@ def work(settings: Settings, redis_url: str, adapt: Adapt, probe: Callable[[], M
     Raises:
         Unavailable: Redis does not answer at the start, or nothing can be computed here.
     """
+    take_over()
     queue = JobQueue(connect(redis_url), settings.job_ttl, QueueLimits.of(settings))
     queue.check()
     store = ArtifactStore(settings.artifacts)
@@ -142,7 +143,7 @@ class Worker(rq.Worker):
             logger.warning("cannot record what became of a job; its lease lapses and it runs again", exc_info=error)
         finally:
             self._busy = False
-            clear_contextvars()
+            belongs_to()
             self._info = self._info.model_copy(update={"job_id": None, "attempt": None})
 
     def _execute(self, job: rq.job.Job, queue: rq.Queue) -> None:
@@ -157,12 +158,12 @@ class Worker(rq.Worker):
             logger.info("not starting the job", job_id=job_id, reason=error.message)
             self._queue.drop(job.id)
             return
-        bind_contextvars(job_id=job_id, attempt=attempt)
+        belongs_to(job_id=job_id, attempt=attempt)
         logger.info("starting the job")
         job.args = (job_id, attempt)
         self.set_state(WorkerStatus.BUSY)
         self._info = self._info.model_copy(update={"job_id": job_id, "attempt": attempt})
-        self._output = Output()
+        self._output = Output(passes_print=self._settings.log_level == "DEBUG")
         self.fork_work_horse(job, queue)
         # The child does the same: whoever comes first, no kill of the group can reach the parent.
         with contextlib.suppress(OSError):

@@ -26,6 +26,7 @@ from service.estimates import Estimate, Loads, Size, estimate
 from service.idempotency import Claim
 from service.jobs import Job, JobSpec
 from service.limits import check_disk, check_model_size
+from service.logs import bind_contextvars
 from service.queue import check_job_id, new_job_id
 from service.routes.authentication import Caller, Reader, Submitter
 from service.routes.dependencies import IdempotencyKey, Service, TheService, documented
@@ -40,6 +41,7 @@ DRAIN_BYTES = 4 * MAX_BODY_BYTES
 
 async def _job_id(job_id: Annotated[str, Path(description="As `POST /v1/jobs` returned it.")]) -> str:
     check_job_id(job_id)
+    bind_contextvars(job_id=job_id)
     return job_id
 
 
@@ -90,6 +92,7 @@ async def create_job(
         return JSONResponse((await run_in_threadpool(_estimate, service, body)).model_dump())
     claim = Claim.of(caller.owner, idempotency_key, body) if idempotency_key else None
     job, created = await run_in_threadpool(_create, service, caller, body, claim)
+    bind_contextvars(job_id=job.id)
     if not created:
         response.headers["Idempotent-Replayed"] = "true"
     response.headers["Location"] = f"/v1/jobs/{job.id}"
