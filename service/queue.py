@@ -50,7 +50,7 @@ from service.jobs import Job, JobError, JobEvent, JobResult, JobSpec, JobStatus,
 from service.limits import QueueLimits
 
 QUEUE = "c2i"
-# Where the ID of a job is published at each event and at its deletion.
+# Where the ID of a job is published at each of its events.
 CHANGES = "c2i:changes"
 JOB_ID = re.compile(r"job_[0-9a-z]{20}")
 # A worker renews its lease every two seconds. A Redis that is away for less than this costs no running job, and a job
@@ -298,7 +298,6 @@ class JobQueue:
                     f"the job is {record['status']}; cancel it first (POST /v1/jobs/{job_id}/cancel), then delete it"
                 )
             pipe.delete(_job_key(job_id), _events_key(job_id))
-            pipe.publish(CHANGES, job_id)
             pipe.zrem("c2i:jobs", job_id)
             pipe.zrem(OWNED, f"{record.get('owner', '')}:{job_id}")
             pipe.zrem(ENDED, job_id)

@@ -86,7 +86,7 @@ class Watcher:
 
     @contextmanager
     def watch(self, job_id: str, owner: str = "") -> Iterator[Watch]:
-        """Be woken at each change of the job, of its deletion too."""
+        """Be woken at each event of the job. (It is deleted after its last, which wakes too.)"""
         watch = Watch()
         self._watches.setdefault(job_id, set()).add(watch)
         self._open[owner] += 1
