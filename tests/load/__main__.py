@@ -61,7 +61,8 @@ class Rig:
     def __init__(self, folder: Path, stack: ExitStack, artifact_bytes: int) -> None:
         self.settings = Settings(data=folder / "data", workers=0)
         install(tiny.build("llama", folder / "model"), self.settings.data)
-        self.server = ServeProcess(self.settings.data, "--workers", "0", env=ENVIRONMENT)
+        log = stack.enter_context((folder / "log").open("wb"))
+        self.server = ServeProcess(self.settings.data, "--workers", "0", env=ENVIRONMENT, log=log)
         stack.callback(self.server.stop)
         self.api = psutil.Process(self.server.process.pid)
         redis_url = socket_url(str(socket_path(self.settings.data)))
