@@ -74,6 +74,15 @@ def test_a_job_over_its_time_fails_whatever_it_does(api: Api, data: Path, tmp_pa
     assert log.stat().st_size < 1_100_000
 
 
+def test_a_log_that_takes_no_more_costs_no_job(api: Api, data: Path, redis: EmbeddedRedis) -> None:
+    worker = WorkerProcess(data, redis.url, {"C2I_JOB_TIMEOUT_SECONDS": "2"}, Path("/dev/full"))
+    try:
+        assert api.job(api.submit(metadata={"do": "noise"}), wait=30)["error"]["code"] == "timed_out"
+        assert api.job(api.submit(), wait=30)["status"] == "succeeded"
+    finally:
+        worker.kill()
+
+
 def test_a_model_whose_copy_is_over_the_quota_is_refused_before_anything_is_written(
     api: Api, data: Path, redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,6 +157,22 @@ def test_a_job_never_outlives_the_lease_of_its_frozen_worker(api: Api, worker: W
     assert api.service.queue.redis.hget(f"c2i:job:{job_id}", "crashes") == b"0"
 
 
+def test_a_worker_that_can_start_no_process_gives_its_job_back_and_goes_on(api: Api, worker: WorkerProcess) -> None:
+    assert api.job(api.submit(), wait=30)["status"] == "succeeded"
+    process = psutil.Process(worker.pid)
+    soft, hard = process.rlimit(psutil.RLIMIT_NOFILE)
+    process.rlimit(psutil.RLIMIT_NOFILE, (3, hard))  # what is open stays, nothing can be opened
+    job_id = api.submit()
+    wait_until(
+        lambda: api.job(job_id)["attempt"] == 1 and api.job(job_id)["status"] == "queued", 10, "it is given back"
+    )
+    process.rlimit(psutil.RLIMIT_NOFILE, (soft, hard))
+    job = api.job(job_id, wait=30)
+    assert job["status"] == "succeeded"
+    events = api.http.get(f"/v1/jobs/{job_id}/events").json()["data"]
+    assert "queued again: its worker could not start a process" in [event["message"] for event in events]
+
+
 def test_a_job_dies_with_its_killed_worker_and_is_queued_again_in_30_seconds(
     api: Api, worker: WorkerProcess, data: Path
 ) -> None:

@@ -114,14 +114,15 @@ def limit_this_process(settings: Settings) -> None:
 def descendants(pid: int) -> list[int]:
     """The processes below `pid`, also those that left its process group. Zombies are none."""
     children: dict[int, list[int]] = {}
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdigit():
+    for name in [entry.name for entry in os.scandir("/proc") if entry.name.isdigit()]:
+        try:
+            with Path(f"/proc/{name}/stat").open("rb", buffering=0) as file:
+                # pid (name) state parent ...: a name may hold anything.
+                state, parent = file.read().rpartition(b")")[2].split(maxsplit=2)[:2]
+        except OSError:  # it ended
             continue
-        with contextlib.suppress(OSError):  # it ended
-            # pid (name) state parent ...: a name may hold anything.
-            state, parent = Path(entry.path, "stat").read_text().rpartition(")")[2].split()[:2]
-            if state != "Z":
-                children.setdefault(int(parent), []).append(int(entry.name))
+        if state != b"Z":
+            children.setdefault(int(parent), []).append(int(name))
     found, level = list[int](), [pid]
     while level:
         level = [child for parent in level for child in children.get(parent, ())]
@@ -190,7 +191,7 @@ class _Pipe:
         """That have come so far."""
 
     def read(self, *, pass_on: bool) -> None:
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):  # nothing has come, or nobody takes it
             text = os.read(self._reader, PIPE_BYTES)
             left = max(0, MAX_OUTPUT_BYTES - self.bytes)
             self.bytes += len(text)

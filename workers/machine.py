@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import select
 import signal
+import socket
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
 from typing import NamedTuple
 
 from service.errors import Unavailable
 from service.processes import die_with_parent
+from service.workforce import WorkerInfo
 
 # The start of CUDA takes some seconds, on a machine under load many.
 MEASURE_SECONDS = 120.0
@@ -75,3 +80,19 @@ def in_child(probe: Callable[[], Machine]) -> Machine:
     if isinstance(found, str):
         raise Unavailable(f"this worker cannot compute: {found}")
     return Machine(*found)
+
+
+def introduce(machine: Machine) -> WorkerInfo:
+    """This process, as a worker announces itself."""
+    now = datetime.now(UTC)
+    return WorkerInfo(
+        id=f"worker_{secrets.token_hex(6)}",
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        version=version("compress-to-impress"),
+        device=machine.device,
+        threads=machine.threads,
+        speed=machine.speed,
+        started_at=now,
+        seen_at=now,
+    )

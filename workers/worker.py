@@ -13,14 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import select
 import signal
-import socket
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.metadata import version
 from types import FrameType
 
 import rq
@@ -43,7 +39,7 @@ from service.workforce import WorkerInfo, WorkerState
 from workers.attempt import Adapt, run_attempt
 from workers.lease import Lease
 from workers.limits import Output, Watch, end_descendants, limit_this_process, out_of_memory
-from workers.machine import Machine, in_child, measure
+from workers.machine import Machine, in_child, introduce, measure
 
 logger = named(__name__)
 
@@ -51,6 +47,8 @@ logger = named(__name__)
 LOOK_SECONDS = 0.25
 # How often it renews the lease: a write, which Redis syncs to disk.
 RENEW_SECONDS = 2.0
+# A worker that could not start a job's process takes the next job no sooner.
+FAILURE_SECONDS = 3.0
 # How long the end of a job waits for a Redis that restarts.
 PATIENCE_SECONDS = 60.0
 
@@ -68,7 +66,7 @@ def work(settings: Settings, redis_url: str, adapt: Adapt, probe: Callable[[], M
     queue = JobQueue(connect(redis_url), settings.job_ttl, QueueLimits.of(settings))
     queue.check()
     store = ArtifactStore(settings.artifacts)
-    info = _introduce(in_child(probe))
+    info = introduce(in_child(probe))
     adopt_orphans()
     stopped = False
     with contextlib.suppress(StopRequested):  # between two rounds
@@ -82,21 +80,6 @@ def work(settings: Settings, redis_url: str, adapt: Adapt, probe: Callable[[], M
             stopped = worker.stopped
     with contextlib.suppress(RedisError):
         workforce.leave(queue.redis, info.id)
-
-
-def _introduce(machine: Machine) -> WorkerInfo:
-    now = datetime.now(UTC)
-    return WorkerInfo(
-        id=f"worker_{secrets.token_hex(6)}",
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        version=version("compress-to-impress"),
-        device=machine.device,
-        threads=machine.threads,
-        speed=machine.speed,
-        started_at=now,
-        seen_at=now,
-    )
 
 
 class Worker(rq.Worker):
@@ -163,8 +146,14 @@ class Worker(rq.Worker):
         job.args = (job_id, attempt)
         self.set_state(WorkerStatus.BUSY)
         self._info = self._info.model_copy(update={"job_id": job_id, "attempt": attempt})
-        self._output = Output(passes_print=self._settings.log_level == "DEBUG")
-        self.fork_work_horse(job, queue)
+        try:
+            self._output = Output(passes_print=self._settings.log_level == "DEBUG")
+            self.fork_work_horse(job, queue)
+        except OSError as error:  # no memory, no process or no descriptor is to be had: not by the next job either
+            logger.error("no process can be started", error=os.strerror(error.errno or 0))
+            self._queue.give_back(job_id, attempt, "its worker could not start a process", crashed=False)
+            time.sleep(FAILURE_SECONDS)
+            return
         # The child does the same: whoever comes first, no kill of the group can reach the parent.
         with contextlib.suppress(OSError):
             os.setpgid(self.horse_pid, self.horse_pid)
@@ -174,6 +163,7 @@ class Worker(rq.Worker):
             self._store.clear_workspace(job_id, attempt)
             self._settle(job_id, attempt, code, watch)
         finally:
+            end_descendants()  # also where this process failed
             self._horse_pid = 0
             self._output.close()
 
