@@ -5,8 +5,7 @@
     c2i:active                    set of the IDs that are not terminal
     c2i:ended                     sorted set of those that are, by the time at which they ended
     c2i:deleted                   set of the IDs of deleted jobs whose files may still be there
-    c2i:waiting:OWNER             set of the IDs of an owner's queued jobs
-    c2i:running:OWNER             set of the IDs of those that a worker has
+    c2i:running:OWNER             set of the IDs of an owner's jobs that a worker has
     c2i:job:ID                    hash: the record
     c2i:job:ID:events             stream: what happened to it
     c2i:changes                   channel: the ID of a job that has changed
@@ -191,7 +190,6 @@ class JobQueue:
                     if owner:
                         pipe.zadd(OWNED, {f"{owner}:{job_id}": 0})
                     pipe.sadd("c2i:active", job_id)
-                    self._set(record, pipe, status=JobStatus.QUEUED.value)
                     self._deliver(record, pipe)
                     counters.add(pipe, counters.JOBS_CREATED)
                     self._add_event(record, pipe, "status", "queued")
@@ -332,10 +330,12 @@ class JobQueue:
                 raise Conflict(f"the job is {record['status']}, not queued")
             if self.limits.running is not None and running >= self.limits.running:
                 pipe.lrem(self.deliveries.intermediate_queue_key, 0, _delivery_id(record))
-                fairness.hold(pipe, _delivery_id(record), record.get("owner", ""))
+                fairness.hold(pipe, self.deliveries.key, _delivery_id(record), record.get("owner", ""))
                 attempt = 0
                 return
             self._withdraw(record, pipe, started=True)
+            if self.limits.running is not None and running + 1 < self.limits.running:
+                fairness.release(pipe, self.deliveries.key, record.get("owner", ""))  # held under a lower limit
             attempt = int(record["attempt"]) + 1
             progress = Progress().model_dump_json()
             status = JobStatus.RUNNING.value
@@ -348,7 +348,7 @@ class JobQueue:
 
         self._change(job_id, change, look=look if self.limits.running is not None else None)
         if not attempt:
-            raise fairness.Held("the owner of the job has as many running as it may")
+            raise fairness.Held("its owner has as many jobs running as it may")
         return attempt
 
     def drop(self, delivery: str) -> None:
@@ -470,11 +470,17 @@ class JobQueue:
         ids = [job_id.decode() for job_id in cast(set[bytes], self.redis.smembers("c2i:active"))]
         waiting = {entry.decode() for entry in cast(list[bytes], self.redis.lrange(self.deliveries.key, 0, -1))}
         lost: dict[str, int] = {}
+        held: dict[str, set[str]] = {}
         for job_id, record in self._read_many(ids, "id", "status", "attempt", "deliveries", "owner"):
             if not record:
                 self.redis.srem("c2i:active", job_id)
             elif record["status"] == JobStatus.QUEUED:
-                if _delivery_id(record) not in waiting and not self._is_held(record):
+                owner = record.get("owner", "")
+                if _delivery_id(record) in waiting:
+                    continue
+                if owner not in held:
+                    held[owner] = self._held(owner)
+                if _delivery_id(record) not in held[owner]:
                     lost[job_id] = int(record["attempt"])
             elif not self.redis.exists(_lease_key(job_id, int(record["attempt"]))):
                 lost[job_id] = int(record["attempt"])
@@ -553,26 +559,27 @@ class JobQueue:
         """In a transaction that has not begun: the owner's waiting jobs, watched where they are near the limit."""
         if self.limits.waiting is None:
             return
-        key = _waiting_key(owner)
-        if int(pipe.scard(key)) >= self.limits.waiting - NEAR_LIMIT:
+        key = fairness.waiting_key(owner)
+        if int(pipe.zcard(key)) >= self.limits.waiting - NEAR_LIMIT:
             pipe.watch(key)
-            self.limits.check_waiting(int(pipe.scard(key)))
+            self.limits.check_waiting(int(pipe.zcard(key)))
 
     def _position(self, record: Record) -> int:
         """Of a queued job: 1 is the next."""
         delivery, owner = _delivery_id(record), record.get("owner", "")
-        ahead = self.redis.lpos(self.deliveries.key, delivery)
-        if ahead is not None:
-            return int(cast(int, ahead)) + 1
+        ahead = cast(int | None, self.redis.lpos(self.deliveries.key, delivery))
+        if ahead is not None and self.limits.running is None:
+            return ahead + 1
         held = fairness.held_before(self.redis, delivery, owner)
-        return 1 if held is None else int(self.redis.llen(self.deliveries.key)) + held + 1
+        if ahead is None and self.redis.zscore(fairness.held_key(owner), delivery) is not None:
+            ahead = fairness.list_before(self.redis, owner, held)
+        return (ahead or 0) + held + 1
 
-    def _is_held(self, record: Record) -> bool:
-        """Whether a queued job waits for another of its owner's, and there is one."""
-        owner = record.get("owner", "")
-        return fairness.is_held(self.redis, _delivery_id(record), owner) and bool(
-            self.redis.exists(_running_key(owner))
-        )
+    def _held(self, owner: str) -> set[str]:
+        """Deliveries that wait for another job of their owner's, where there is one."""
+        if not self.redis.exists(_running_key(owner)):
+            return set()
+        return {entry.decode() for entry in cast(list[bytes], self.redis.zrange(fairness.held_key(owner), 0, -1))}
 
     def _change(self, job_id: str, change: Change, owner: str | None = None, look: Change | None = None) -> None:
         """One transaction on a record: `change` sees it and queues commands, or raises and nothing happens.
@@ -602,23 +609,21 @@ class JobQueue:
             self._count(record, pipe)
 
     def _count(self, record: Record, pipe: Pipeline) -> None:
-        """Keep the owner's sets as the record's new status is; where a job leaves a worker, another may start."""
+        """Keep the owner's running jobs as the record's new status is; where one leaves, a held one may start."""
         job_id, owner, status = record["id"], record.get("owner", ""), record["status"]
-        waiting, running = _waiting_key(owner), _running_key(owner)
-        (pipe.sadd if status == JobStatus.QUEUED else pipe.srem)(waiting, job_id)
         if status in (JobStatus.RUNNING, JobStatus.CANCELLING):
-            pipe.sadd(running, job_id)
-        else:
-            pipe.srem(running, job_id)
-            if int(record["attempt"]):
-                fairness.release(pipe, self.deliveries.key, owner)
+            pipe.sadd(_running_key(owner), job_id)
+            return
+        pipe.srem(_running_key(owner), job_id)
+        if int(record["attempt"]) or status != JobStatus.QUEUED:
+            fairness.release(pipe, self.deliveries.key, owner)
 
     def _deliver(self, record: Record, pipe: Pipeline, *, at_front: bool = False) -> None:
         self._set(record, pipe, deliveries=str(int(record["deliveries"]) + 1))
         delivery = _delivery_id(record)
         self.deliveries.enqueue_call("adapt", args=[record["id"]], job_id=delivery, at_front=at_front, pipeline=pipe)
         if at_front:
-            fairness.place_first(pipe, delivery)
+            fairness.place_first(pipe, self.deliveries.key, delivery, record.get("owner", ""))
         else:
             fairness.place(pipe, self.deliveries.key, delivery, record.get("owner", ""))
 
@@ -627,7 +632,7 @@ class JobQueue:
         pipe.lrem(self.deliveries.key, 0, delivery)
         pipe.lrem(self.deliveries.intermediate_queue_key, 0, delivery)
         pipe.delete(f"rq:job:{delivery}")
-        fairness.leave(pipe, delivery, record.get("owner", ""), started=started)
+        fairness.leave(pipe, self.deliveries.key, delivery, record.get("owner", ""), started=started)
 
     def _fail(self, record: Record, pipe: Pipeline, error: C2IError) -> None:
         described = JobError(code=error.code, message=error.message, param=error.param, retryable=error.retryable)
@@ -697,10 +702,6 @@ def check_event_id(event_id: str, param: str = "after") -> None:
 
 def _job_key(job_id: str) -> str:
     return f"c2i:job:{job_id}"
-
-
-def _waiting_key(owner: str) -> str:
-    return f"c2i:waiting:{owner}"
 
 
 def _running_key(owner: str) -> str:
