@@ -26,6 +26,7 @@ from service.keys_cli import keys_app
 from service.reports import Metrics, Report
 from service.settings import Settings
 from service.strategies import Strategy, read_options
+from service.webhooks.cli import webhooks_app
 
 EXIT_FAILED = 1
 EXIT_WRONG = 2
@@ -46,6 +47,7 @@ app = typer.Typer(
 models_app = typer.Typer(help="The installed models; with no command, a list of them.", pretty_exceptions_enable=False)
 app.add_typer(models_app, name="models", invoke_without_command=True)
 app.add_typer(keys_app, name="keys")
+app.add_typer(webhooks_app, name="webhooks")
 console = Console()
 errors = Console(stderr=True)
 

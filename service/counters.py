@@ -26,19 +26,26 @@ STAGE_SECONDS = "stage_seconds"
 """By stage; and how often each was left."""
 STAGES = "stages"
 PUBLISHED_BYTES = "published_bytes"
+WEBHOOKS_ENDED = "webhooks_ended"
+"""By whether they were delivered or given up."""
 
 
 def add(redis: Redis, name: str, amount: float = 1, label: str = "") -> None:
     """Add to a count, in a pipeline's transaction."""
-    redis.hincrbyfloat(KEY, f"{name}|{label}" if label else name, amount)
+    redis.hincrbyfloat(KEY, field(name, label), amount)
+
+
+def field(name: str, label: str = "") -> str:
+    """Of the hash, for a script that adds to it."""
+    return f"{name}|{label}" if label else name
 
 
 def read(redis: Redis) -> dict[tuple[str, str], float]:
     """All totals by name and label, which is empty where there is none."""
     found = cast(dict[bytes, bytes], redis.hgetall(KEY))
-    return {_name_and_label(field.decode()): float(total) for field, total in found.items()}
+    return {_name_and_label(key.decode()): float(total) for key, total in found.items()}
 
 
-def _name_and_label(field: str) -> tuple[str, str]:
-    name, _, label = field.partition("|")
+def _name_and_label(key: str) -> tuple[str, str]:
+    name, _, label = key.partition("|")
     return name, label

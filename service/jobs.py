@@ -17,6 +17,7 @@ from pydantic import Field, StringConstraints, ValidationError, ValidationInfo, 
 from service.errors import InvalidInput
 from service.strategies import OPTIONS, Strategy, StrategyOptions
 from service.strict import Strict
+from service.webhooks.contract import Webhook, WebhookState
 
 MAX_EXAMPLES = 10_000
 MAX_CHOICES = 1_000
@@ -117,6 +118,8 @@ class JobSpec(Strict):
     max_drift: Annotated[float, Field(strict=True, gt=0)] | None = None
     prompt_format: PromptFormat = PromptFormat.TEXT
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = Field(default_factory=dict)
+    webhook: Webhook | None = None
+    """Who is told of the job's end; refused where the service has webhooks off."""
 
     @field_validator("strategy_options", mode="before")
     @classmethod
@@ -350,6 +353,7 @@ class Job(Strict):
     result: JobResult | None = None
     error: JobError | None = None
     metadata: dict[str, str] = Field(default_factory=dict)
+    webhook: WebhookState | None = None
 
 
 class JobEvent(Strict):

@@ -28,12 +28,18 @@ from service.routes.authentication import document_keys
 from service.routes.dependencies import Service, translate
 from service.settings import Settings
 from service.watching import Watcher
+from service.webhooks.posting import Poster
+from service.webhooks.sender import Sender
 
 logger = named(__name__)
 
 
-def create_app(settings: Settings, redis_url: str) -> FastAPI:
-    """The API over one data folder and one Redis."""
+def create_app(settings: Settings, redis_url: str, poster: Poster | None = None) -> FastAPI:
+    """The API over one data folder and one Redis.
+
+    Args:
+        poster: sends webhooks, where they are on; by default to public addresses alone.
+    """
     redis = connect(redis_url)
     queue = JobQueue(redis, settings.job_ttl, QueueLimits.of(settings))
     probe = connect(redis_url, patient=False)
@@ -54,8 +60,13 @@ def create_app(settings: Settings, redis_url: str) -> FastAPI:
         reaper = Reaper(service.queue, service.store, settings.job_ttl)
         reaper.start()
         service.watcher.start()
+        sender = Sender(service.queue, poster or Poster()) if settings.webhooks else None
+        if sender:
+            sender.start()
         yield
         await service.watcher.close()
+        if sender:
+            sender.stop()
         reaper.stop()
         service.queue.redis.close()
         service.probe.close()

@@ -47,6 +47,7 @@ from service.errors import C2IError, Conflict, InvalidInput, JobNotFound, Unavai
 from service.idempotency import Claim
 from service.jobs import Job, JobError, JobEvent, JobResult, JobSpec, JobStatus, Progress
 from service.limits import QueueLimits
+from service.webhooks import outbox
 
 QUEUE = "c2i"
 # Where the ID of a job is published at each of its events.
@@ -140,6 +141,7 @@ class JobQueue:
         self.redis = redis
         self.limits = limits or QueueLimits()
         self.deliveries = Queue(QUEUE, connection=redis, serializer=JSONSerializer, default_timeout=-1)
+        self.outbox = outbox.Outbox(redis, _job_key)
         self._ttl = ttl
 
     def check(self) -> None:
@@ -172,7 +174,7 @@ class JobQueue:
             "deliveries": "0",
             "progress": Progress().model_dump_json(),
             "metadata": json.dumps(spec.metadata),
-        }
+        } | (outbox.fields(spec.webhook, owner) if spec.webhook else {})
         with self.redis.pipeline() as pipe:
             while True:
                 try:
@@ -300,6 +302,7 @@ class JobQueue:
             pipe.zrem(OWNED, f"{record.get('owner', '')}:{job_id}")
             pipe.zrem(ENDED, job_id)
             pipe.sadd(DELETED, job_id)
+            outbox.forget(pipe, record)
 
         self._change(job_id, change, owner)
 
@@ -654,6 +657,7 @@ class JobQueue:
         pipe.srem("c2i:active", record["id"])
         pipe.delete(_lease_key(record["id"], int(record["attempt"])))
         pipe.zadd(ENDED, {record["id"]: time.time()})
+        outbox.add(pipe, record)
 
     def _add_event(self, record: Record, pipe: Pipeline, kind: str, message: str) -> None:
         event = {
@@ -740,6 +744,7 @@ def _job(record: Record, queue_position: int | None = None) -> Job:
             "result": json.loads(record.get("result", "null")),
             "error": json.loads(record.get("error", "null")),
             "metadata": json.loads(record["metadata"]),
+            "webhook": outbox.state(record),
         }
     )
 

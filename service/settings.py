@@ -52,6 +52,8 @@ class Settings(BaseSettings):
     """Of a job's model; without it, whatever is installed."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Requests are logged on INFO, what failed on WARNING and ERROR."""
+    webhooks: bool = False
+    """Tell of a job's end by a signed POST to the https URL that its client gives (docs/webhooks.md)."""
     require_keys: bool = False
     """Ask for API keys on loopback too, behind a proxy say; on any other address they are always asked for."""
 

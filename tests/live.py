@@ -23,6 +23,7 @@ from service.embedded import EmbeddedRedis
 from service.main import create_app
 from service.server import Server
 from service.settings import Settings
+from service.webhooks.posting import Poster
 from tests import tiny
 
 T = TypeVar("T")
@@ -49,10 +50,10 @@ def spec(**changes: Any) -> dict[str, Any]:
 class Api:
     """The API in a thread of this process, on a free port."""
 
-    def __init__(self, data: Path, redis_url: str, **changes: Any) -> None:
+    def __init__(self, data: Path, redis_url: str, poster: Poster | None = None, **changes: Any) -> None:
         self.settings = Settings(data=data, workers=0, **changes)
         self.redis_url = redis_url
-        app = create_app(self.settings, redis_url)
+        app = create_app(self.settings, redis_url, poster)
         self.app = app
         self.service = app.state.service
         self._server = Server(

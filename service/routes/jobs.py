@@ -126,6 +126,12 @@ def _too_large() -> PayloadTooLarge:
 
 def _check(service: Service, body: bytes) -> tuple[JobSpec, models.Model]:
     spec = JobSpec.parse_json(body)
+    if spec.webhook and not service.settings.webhooks:
+        raise InvalidInput(
+            "this service has webhooks off; leave the field out and ask with `GET /v1/jobs/{id}?wait=60`, or have its "
+            "operator set C2I_WEBHOOKS=on",
+            param="webhook",
+        )
     model = models.resolve(service.settings.models, spec.model)
     check_model_size(model, service.settings.max_model_parameters)
     check_disk(model, service.store, service.settings.job_disk_bytes)
@@ -155,7 +161,8 @@ def _create(service: Service, caller: Caller, body: bytes, claim: Claim | None) 
         return earlier, False
     spec, _ = _check(service, body)
     job_id = new_job_id()
-    service.store.put_input(job_id, spec)
+    # The URL may hold a token: workers have no use for it.
+    service.store.put_input(job_id, spec.model_copy(update={"webhook": None}))
     try:
         job = service.queue.create(job_id, spec, caller.owner, claim)
     except (Conflict, TooManyRequests):
