@@ -1,6 +1,7 @@
 # The commands of this project. Everything is installed into .venv, once.
 #   make demo    a real model gets better at a real task, over HTTP
 #   make test    the whole test suite
+#   make fuzz    ten thousand random bodies, and schemathesis over the whole OpenAPI document
 #   make load    how fast the service is; needs wrk (apt-get install wrk)
 #   make lint    style, types and the directions of imports
 #   make clean   remove what was installed and cached; ./data, with models and jobs, stays
@@ -9,13 +10,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test load lint clean
+.PHONY: demo test fuzz load lint clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python -m workers.demo
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest
+
+fuzz: $(INSTALLED)
+	@$(BIN)/python -m tests.fuzz
 
 load: $(INSTALLED)
 	@$(BIN)/python -m tests.load
