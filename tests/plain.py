@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from service.jobs import Example, Objective, PromptFormat
 from tests import tiny
-from workers.checkpoints import Checkpoint, load
 from workers.examples import Encoded, encode
+from workers.loading import Checkpoint, load
 from workers.spectrum import Spectrum, decompose
 from workers.targets import Target, find_targets
 

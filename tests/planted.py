@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from service.jobs import Example, Objective
 from tests import plain, tiny
-from workers.checkpoints import load
 from workers.evaluation import evaluate
 from workers.examples import Encoded, Layout
+from workers.loading import load
 from workers.targets import Target, find_targets
 
 LABELS = [" yes", " no", " good"]

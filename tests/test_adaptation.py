@@ -23,9 +23,9 @@ from tests.plain import ARCHITECTURES, MIXTURES
 from tests.planted import Planted
 from workers import spectrum
 from workers.adaptation import adapt
-from workers.checkpoints import load
 from workers.evaluation import evaluate
 from workers.examples import Layout
+from workers.loading import load
 from workers.pruning import applied
 from workers.ranking import Plan
 from workers.spectrum import Spectrum, decompose

@@ -36,6 +36,7 @@ from workers.benchmark.tables import render, summarise
 from workers.benchmark.tasks import Sizes, find_tasks, split
 from workers.cli import bench
 from workers.evaluation import evaluate
+from workers.offline import OFFLINE
 from workers.pruning import applied
 from workers.search import Search, Track
 
@@ -82,7 +83,7 @@ def run(tasks: Path, home: Path, out: Path, *more: str, seeds: int = 1, chosen: 
     app.command()(bench)
     arguments = ["--data", str(tasks), "--model", "tiny/planted", "--out", str(out), "--seeds", str(seeds)]
     arguments += ["--rows", "24,24,40", "--methods", chosen, *more]
-    result = CliRunner().invoke(app, arguments, env={"C2I_DATA": str(home)}, catch_exceptions=False)
+    result = CliRunner().invoke(app, arguments, env=OFFLINE | {"C2I_DATA": str(home)}, catch_exceptions=False)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from service.errors import InternalError, UnusableModel
-from service.models import weight_files
+from service.weights import weight_files
 from tests import tiny
 from tests.plain import ARCHITECTURES, MIXTURES, encoded
-from workers.checkpoints import Checkpoint, load, reload_check, write_adapter, write_model
+from workers.checkpoints import reload_check, write_adapter, write_model
 from workers.evaluation import answer_logits
 from workers.examples import Batch, Layout, batches
+from workers.loading import Checkpoint, load
 from workers.pruning import applied
 from workers.ranking import Plan
 from workers.spectrum import Spectrum, decompose

@@ -24,10 +24,10 @@ from service.masks import check_masks
 from tests import plain, tiny
 from tests.plain import loaded, nudged, targets_of
 from tests.test_adaptation import Run, check
-from workers.checkpoints import load
 from workers.evaluation import evaluate, honours_tree_mask, score
 from workers.examples import Encoded, Layout, batches
 from workers.gradients import effects
+from workers.loading import load
 from workers.masked import encode
 from workers.targets import find_targets
 

@@ -213,6 +213,7 @@ def _cut(folder: Path) -> None:
 
 
 def _missing_shard(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
 
 

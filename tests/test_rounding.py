@@ -20,10 +20,10 @@ from tests import plain, tiny
 from tests.plain import loaded, targets_of
 from tests.planted import Planted
 from workers.adaptation import adapt
-from workers.checkpoints import load
 from workers.evaluation import evaluate
 from workers.examples import Layout
 from workers.gradients import effects
+from workers.loading import load
 from workers.ranking import Plan, t_scores
 from workers.rounding import applied_unrounded
 from workers.targets import find_targets

@@ -14,10 +14,10 @@ from service.reports import Report
 from service.settings import Settings
 from tests import plain
 from workers.adaptation import adapt
-from workers.checkpoints import load
 from workers.evaluation import evaluate
 from workers.examples import Layout, encode
 from workers.gradients import effects
+from workers.loading import load
 from workers.spectrum import decompose
 from workers.targets import find_targets
 

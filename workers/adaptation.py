@@ -12,17 +12,18 @@ from pathlib import Path
 import torch
 
 from service import decomposed
-from service.errors import UnusableModel
+from service.errors import InvalidInput, UnusableModel
 from service.jobs import Example, JobSpec, PromptFormat, Stage
 from service.masks import check_masks
-from service.models import Model
+from service.models import Model, check_unchanged
 from service.reports import Report, SkippedModule, Verification
 from workers import masked
 from workers.bounds import DriftBound
-from workers.checkpoints import Checkpoint, load, reload_check, write_adapter, write_model
+from workers.checkpoints import reload_check, write_adapter, write_model
 from workers.drift import NeutralText, encode_neutral, paragraphs
 from workers.evaluation import Outcome, answer_logits, evaluate, honours_tree_mask
 from workers.examples import LOGIT_BUDGET, TOKEN_BUDGET, TOKEN_BUDGET_CUDA, Encoded, Layout, batches, encode
+from workers.loading import Checkpoint, load
 from workers.progress import OnProgress, Progress
 from workers.pruning import applied
 from workers.ranking import Plan
@@ -59,6 +60,7 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
     progress = Progress(spec.passes, on_progress)
     with progress.stage(Stage.LOADING, "loading the model"):
         base = load(model.folder)
+        check_unchanged(model)
         splits = _encode(spec, base, model.context_length)
         modules, skipped = find_targets(base.model)
         targets = dictionary(modules, spec.options)
@@ -99,6 +101,7 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
     with progress.stage(Stage.PUBLISHING, "writing the adapter and the model"):
         write_adapter(out / "adapter", spec.model, subject.targets, subject.spectra, plan, masked=base.masked)
         write_model(out / "model", base, subject.targets, subject.spectra, plan)
+        check_unchanged(model)
         verification = _verify(out, base, subject, plan, (splits.test or splits.pool)[:CHECKED_EXAMPLES])
 
     reasons = {t.module_name: search.unreached[t.name] for t in targets if t.name in search.unreached}
@@ -139,7 +142,15 @@ def encode_for(
 ) -> list[Encoded]:
     """Tokenise examples as the model takes them: the completion behind the prompt, or at its mask."""
     encode_split = masked.encode if base.masked else encode
-    return encode_split(examples, base.tokenizer, prompt_format=prompt_format, context=context, name=name)
+    encoded = encode_split(examples, base.tokenizer, prompt_format=prompt_format, context=context, name=name)
+    for i, one in enumerate(encoded):
+        largest = max(*one.prompt, *(token for tokens in one.continuations for token in tokens))
+        if largest >= base.vocabulary:
+            raise InvalidInput(
+                f"the tokenizer makes token {largest:,} of it, and the model's embedding has {base.vocabulary:,} rows",
+                param=f"{name}[{i}].prompt",
+            )
+    return encoded
 
 
 def layout_for(base: Checkpoint, encoded: Sequence[Encoded]) -> Layout:

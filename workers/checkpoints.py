@@ -1,34 +1,29 @@
-"""Base models in, adapters and merged models out, and the check that what was written is what was measured.
+"""Adapters and merged models out, and the check that what was written is what was measured.
 
-Loading takes safetensors only and runs no code of a model's own. The adapter is a PEFT LoRA that subtracts the
+The adapter is a PEFT LoRA that subtracts the
 removed components, exactly; the merged model has the base's files, tensor for tensor and byte for byte, with only
 the pruned weights changed.
 """
 
 from __future__ import annotations
 
-import inspect
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 
 from service.errors import InternalError, UnusableModel
-from service.models import is_masked, read_config, weight_files
+from service.weights import weight_files
 from workers.evaluation import answer_logits
-from workers.examples import Batch, Tokenizer
-from workers.memory import is_out_of_memory
+from workers.examples import Batch
+from workers.loading import Checkpoint, load_model
 from workers.pruning import applied, module_factors
 from workers.ranking import Plan
 from workers.spectrum import Spectrum
@@ -40,70 +35,6 @@ COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 # removed part at full precision beside the weight and the merged weight rounds it: that rounding is allowed for.
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
 TOLERANCE_16_BIT = 0.5
-
-
-@dataclass(frozen=True, eq=False)
-class Checkpoint:
-    """A base model in memory."""
-
-    folder: Path
-    model: nn.Module
-    tokenizer: Tokenizer
-    dtype: torch.dtype
-    masked: bool
-    """Whether it is a masked language model; else it is a causal one."""
-
-
-def load_model(folder: Path) -> nn.Module:
-    """The model in the dtype of its checkpoint, on the GPU if there is one, its dropout off.
-
-    Masked or causal, as its config's architecture says.
-
-    Raises:
-        UnusableModel: if transformers cannot load it, or the checkpoint lacks weights.
-    """
-    transformers_logging.disable_progress_bar()
-    masked = is_masked(read_config(folder))
-    try:
-        loaded: Any = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(
-            folder,
-            dtype="auto",
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise UnusableModel(
-            f"transformers cannot load this model as a {'masked' if masked else 'causal'} language model "
-            f"({type(error).__name__})",
-            param="model",
-        ) from error
-    model, info = loaded
-    if masked and "attention_mask" not in inspect.signature(model.forward).parameters:
-        raise UnusableModel("it takes no attention mask: padding would change its answers", param="model")
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UnusableModel(f"the checkpoint lacks {len(missing)} weights, {missing[0]} first", param="model")
-    module: nn.Module = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return module
-
-
-def load(folder: Path) -> Checkpoint:
-    """Model and tokenizer of a checked folder (`service.models.resolve`)."""
-    model = load_model(folder)
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        raise UnusableModel(
-            f"transformers cannot load this model's tokenizer ({type(error).__name__})", param="model"
-        ) from error
-    masked = is_masked(read_config(folder))
-    if masked and tokenizer.mask_token is None:
-        raise UnusableModel("its tokenizer has no mask token, which a masked language model needs", param="model")
-    return Checkpoint(folder, model, tokenizer, next(model.parameters()).dtype, masked)
 
 
 def write_adapter(

@@ -11,6 +11,7 @@ from service import logs
 from service.errors import Unavailable
 from service.settings import Settings
 from service.strategies import read_options
+from workers.offline import go_offline
 
 
 def worker(
@@ -23,6 +24,7 @@ def worker(
         raise Unavailable(
             "set REDIS_URL to the Redis that the service uses; `c2i serve` with its embedded Redis starts its own"
         )
+    go_offline()
     try:
         from workers.adaptation import adapt  # noqa: PLC0415 - imports torch
         from workers.worker import work  # noqa: PLC0415
@@ -65,6 +67,7 @@ def adapt(
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
 ) -> None:
     """Adapt a model here and now, without the service. Writes the same artifacts as a job."""
+    go_offline()
     from workers.local import run  # noqa: PLC0415 - imports torch
 
     settings = Settings.load(data=data)
@@ -93,6 +96,7 @@ def bench(
     rows: Annotated[str, typer.Option(help="Rows of the gradient, selection and test split.")] = "100,100,300",
 ) -> None:
     """Hold the method against its peers, on the same rows. Models and cache are those of C2I_DATA."""
+    go_offline()
     from workers.benchmark.command import run_bench  # noqa: PLC0415 - imports torch
 
     run_bench(data, model, out, tasks, methods, seeds, rows, Settings.load())

@@ -21,19 +21,16 @@ from torch import Tensor
 from service.errors import InvalidInput
 from service.jobs import Example, PromptFormat
 from service.models import too_long
+from workers.chat import ChatTokenizer, render
 
 
-class Tokenizer(Protocol):
+class Tokenizer(ChatTokenizer, Protocol):
     """What is used of a transformers tokenizer."""
 
-    chat_template: str | None
     mask_token: str | None
     mask_token_id: int | None
 
     def __call__(self, text: list[str], *, add_special_tokens: bool) -> Mapping[str, list[list[int]]]: ...
-    def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, add_generation_prompt: bool, tokenize: bool
-    ) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -80,14 +77,7 @@ def encode(
             a chat format without a chat template.
     """
     if prompt_format is PromptFormat.CHAT:
-        if not tokenizer.chat_template:
-            raise InvalidInput("the model's tokenizer has no chat template; use `text`", param="prompt_format")
-        prompts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": example.prompt}], add_generation_prompt=True, tokenize=False
-            )
-            for example in examples
-        ]
+        prompts = render(tokenizer, [example.prompt for example in examples])
         continuations = [[c.lstrip() for c in example.choices or [example.completion]] for example in examples]
         prefix: list[int] = []  # the template writes its own special tokens
     else:

@@ -17,10 +17,10 @@ from service.models import Model
 from workers.adaptation import encode_for, layout_for
 from workers.benchmark.clock import now
 from workers.benchmark.tasks import Split
-from workers.checkpoints import Checkpoint, load
 from workers.drift import NeutralText, encode_neutral, paragraphs
 from workers.evaluation import Outcome, evaluate, losses, score
 from workers.examples import Batch, Encoded, Layout, batches
+from workers.loading import Checkpoint, load
 from workers.search import Subject
 from workers.spectrum import Spectrum, SpectrumCache
 from workers.targets import Target, find_targets
