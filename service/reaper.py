@@ -19,13 +19,15 @@ from service.artifacts import ArtifactStore
 from service.errors import Conflict, JobNotFound
 from service.jobs import JobStatus
 from service.logs import named
-from service.queue import JobQueue
+from service.queue import LEASE_SECONDS, JobQueue
 
 logger = named(__name__)
 
 # With a lease of 18 s, a job is back in the queue 18 to 24 s after its worker was killed.
 LOOK_SECONDS = 3.0
 CLEAN_SECONDS = 600.0
+# How long no lapsed lease is trusted after Redis was away: leases lapsed with it, and their workers may be well.
+DOUBT_SECONDS = float(LEASE_SECONDS)
 # An input without a record: of a request that was cut off between the two.
 ORPHAN = timedelta(days=1)
 
@@ -40,6 +42,7 @@ class Reaper(threading.Thread):
         self._ttl = ttl
         self._stopping = threading.Event()
         self._suspects: dict[str, int] = {}
+        self._doubts_until = float("-inf")
 
     def run(self) -> None:
         """Look, and now and then clean, until `stop`."""
@@ -76,8 +79,18 @@ class Reaper(threading.Thread):
                 self._store.clear_workspace(job_id, attempt)
 
     def _recover(self) -> None:
-        """Give back what was lost at the look before too: a job is never in two places, but for a moment in none."""
-        lost = self._queue.find_lost()
+        """Give back what was lost at the look before too: a job is never in two places, but for a moment in none.
+
+        Raises:
+            RedisError: Redis is away. Workers that are so too get time to come back with their jobs.
+        """
+        try:
+            lost = self._queue.find_lost()
+        except RedisError:
+            self._doubts_until = time.monotonic() + DOUBT_SECONDS
+            raise
+        if time.monotonic() < self._doubts_until:
+            lost = {}
         for job_id, attempt in lost.items():
             if self._suspects.get(job_id) == attempt:
                 logger.warning("a job was lost; giving it back", job_id=job_id, attempt=attempt)

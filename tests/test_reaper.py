@@ -5,12 +5,15 @@ from __future__ import annotations
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
+from redis.exceptions import RedisError
+
 from service.artifacts import ArtifactStore
 from service.embedded import EmbeddedRedis
 from service.jobs import JobSpec, JobStatus
 from service.queue import JobQueue, connect, new_job_id
 from service.reaper import Reaper
-from tests.live import spec
+from tests.live import spec, wait_until
 
 
 def test_a_job_is_recovered_when_it_is_lost_at_two_looks(redis: EmbeddedRedis, tmp_path: Path) -> None:
@@ -28,4 +31,29 @@ def test_a_job_is_recovered_when_it_is_lost_at_two_looks(redis: EmbeddedRedis, t
     assert queue.status(job_id) is JobStatus.RUNNING
     reaper.look()
     assert queue.status(job_id) is JobStatus.QUEUED
+    queue.redis.close()
+
+
+def test_no_lease_that_lapsed_while_redis_was_away_costs_a_job_its_attempt(
+    redis: EmbeddedRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.reaper.DOUBT_SECONDS", 1.0)
+    queue = JobQueue(connect(redis.url, patient=False), timedelta(days=1))
+    reaper = Reaper(queue, ArtifactStore(tmp_path / "store"), timedelta(days=1))
+    job_id = queue.create(new_job_id(), JobSpec.parse(spec())).id
+    queue.start(job_id)
+    redis.stop()
+    with pytest.raises(RedisError):
+        reaper.look()
+    redis.start()
+    queue.redis.delete(f"c2i:job:{job_id}:lease:1")
+    for _ in range(3):
+        reaper.look()
+    assert queue.status(job_id) is JobStatus.RUNNING
+
+    def queued() -> bool:
+        reaper.look()
+        return queue.status(job_id) is JobStatus.QUEUED
+
+    wait_until(queued, 10, "a job whose worker does not come back is given back after all")
     queue.redis.close()

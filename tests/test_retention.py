@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
+import socket
+import struct
 import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,7 +22,7 @@ from service.jobs import JobSpec, JobStatus
 from service.queue import JobQueue, connect, new_job_id
 from service.reaper import ORPHAN, Reaper
 from service.settings import Settings
-from tests.live import Api, spec
+from tests.live import Api, spec, wait_until
 from tests.stand_in import make_report
 
 GIVEN = JobSpec.parse(spec())
@@ -105,6 +109,33 @@ def test_what_is_being_downloaded_comes_whole_though_its_job_is_deleted(api: Api
         with zipfile.ZipFile(io.BytesIO(archive.read())) as unpacked:
             assert unpacked.read(f"{job_id}-model/model/weights") == content
     assert api.http.get(f"/v1/jobs/{job_id}/model.zip").status_code == 404
+
+
+@pytest.mark.parametrize("path", ["model.zip", "files/model/weights"])
+def test_a_client_that_goes_away_leaves_no_file_open(api: Api, path: str) -> None:
+    blobs = api.settings.artifacts / "blobs"
+    content = os.urandom(32_000_000)
+    job_id = finish(api.service.queue, api.service.store, create(api.service.queue, api.service.store), content)
+    gc.disable()  # which would close the files at some time
+    try:
+        for received in (1, 100_000):
+            with socket.create_connection(("127.0.0.1", api.http.base_url.port or 0), timeout=10) as client:
+                client.sendall(f"GET /v1/jobs/{job_id}/{path} HTTP/1.1\r\nHost: c2i\r\n\r\n".encode())
+                assert client.recv(received).startswith(b"H")
+                wait_until(lambda: opened(blobs), 5, "it is being sent")
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+        wait_until(lambda: not opened(blobs), 10, "nothing is held open")
+    finally:
+        gc.enable()
+
+
+def opened(folder: Path) -> list[Path]:
+    """What this process, in which the API runs, holds open below a folder."""
+    links = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            links.append(descriptor.readlink())
+    return [link for link in links if link.is_relative_to(folder)]
 
 
 def test_files_without_a_record_stay_for_a_day_if_an_input_and_for_the_jobs_time_if_a_result(

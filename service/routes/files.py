@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from typing import Annotated, BinaryIO, cast
+from collections.abc import Generator
+from contextlib import ExitStack, closing
+from typing import Annotated, cast
 
 from fastapi import APIRouter, Header, Response
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
 from zipstream import ZipStream
 
 from service.errors import Conflict, InvalidInput, JobNotFound, NotFound
@@ -40,6 +41,20 @@ class Download(FileResponse):
     """A file in large pieces."""
 
     chunk_size = PIECE_BYTES
+
+
+class Archive(StreamingResponse):
+    """An archive of open files. They are closed when it is sent and when its client goes away before that."""
+
+    def __init__(self, archive: ZipStream, opened: ExitStack, headers: dict[str, str]) -> None:
+        # The generator too has a file open.
+        pieces = opened.enter_context(closing(_in_pieces(archive)))
+        super().__init__(pieces, media_type="application/zip", headers=headers)
+        self._opened = opened
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._opened:
+            await super().__call__(scope, receive, send)
 
 
 class FileOut(ArtifactFile):
@@ -127,25 +142,24 @@ def _archive(caller: Caller, service: Service, job_id: str, folder: str, if_none
     if _matches(if_none_match, digest):
         return Response(status_code=304, headers=headers)
     archive = ZipStream(sized=True)
-    # All are opened at once: what is open stays whole if the job is deleted while it is sent.
-    opened = [service.store.open_path(file).open("rb") for file in files]
-    for file, stream in zip(files, opened, strict=True):
-        archive.add_path(f"/proc/self/fd/{stream.fileno()}", arcname=f"{name}/{file.path}")
-    headers |= {"Content-Length": str(len(archive)), "Content-Disposition": f'attachment; filename="{name}.zip"'}
-    return StreamingResponse(_in_pieces(archive, opened), media_type="application/zip", headers=headers)
-
-
-def _in_pieces(archive: ZipStream, opened: Sequence[BinaryIO]) -> Iterator[bytes]:
     with ExitStack() as stack:
-        for stream in opened:
-            stack.enter_context(stream)
-        piece = bytearray()
-        for chunk in cast(Iterator[bytes], iter(archive)):
+        # All are opened at once: what is open stays whole if the job is deleted while it is sent.
+        for file in files:
+            stream = stack.enter_context(service.store.open_path(file).open("rb"))
+            archive.add_path(f"/proc/self/fd/{stream.fileno()}", arcname=f"{name}/{file.path}")
+        headers |= {"Content-Length": str(len(archive)), "Content-Disposition": f'attachment; filename="{name}.zip"'}
+        return Archive(archive, stack.pop_all(), headers)
+
+
+def _in_pieces(archive: ZipStream) -> Generator[bytes, None, None]:
+    piece = bytearray()
+    with closing(cast(Generator[bytes, None, None], iter(archive))) as chunks:
+        for chunk in chunks:
             piece += chunk
             if len(piece) >= PIECE_BYTES:
                 yield bytes(piece)
                 piece.clear()
-        yield bytes(piece)
+    yield bytes(piece)
 
 
 def _matches(if_none_match: str | None, etag: str) -> bool:
