@@ -29,6 +29,8 @@ MARGIN_TOKENS = 64
 GROWTH = {"Prepend": 1, "Strip": 1, "StripAccents": 1, "NFC": 4, "NFD": 4, "NFKC": 11, "NFKD": 11, "Lowercase": 2}
 # A blank becomes U+2581, of three bytes, and as many tokens where the vocabulary lacks it.
 METASPACE_GROWTH = 3
+# A fraction of a second's counting.
+PIECE_CHARACTERS = 250_000
 # Of English in a vocabulary of today.
 BYTES_A_TOKEN = 4
 
@@ -76,8 +78,10 @@ def check_lengths(model: Model, spec: JobSpec) -> None:
 def check_total(model: Model, spec: JobSpec, limit: int) -> None:
     """Refuse a job of more than `limit` tokens, prompts and all answers of its lists together.
 
+    It counts no further than it must: a stranger's job of millions costs no more than one that is taken.
+
     Raises:
-        InvalidInput: with their number and the limit.
+        InvalidInput: with the tokens that were found and the limit.
     """
     examples = [example for _, example in spec.located()]
     path = model.folder / "tokenizer.json"
@@ -87,9 +91,25 @@ def check_total(model: Model, spec: JobSpec, limit: int) -> None:
         most = sum(len(text.encode()) for one in examples for text in (one.prompt, *_answers(one)))
         if growth is not None and growth * most <= limit:
             return
-    total = count(model, examples).total
-    if total > limit:
-        raise InvalidInput(f"the examples have {total:,} tokens together; a job may have {limit:,}", param="examples")
+    total = 0
+    for piece in _pieces(examples):
+        total += count(model, piece).total
+        if total > limit:
+            raise InvalidInput(
+                f"the examples have {total:,} tokens or more together; a job may have {limit:,}", param="examples"
+            )
+
+
+def _pieces(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
+    """Examples that are counted in one go."""
+    start = size = 0
+    for at, example in enumerate(examples):
+        size += sum(len(text) for text in (example.prompt, *_answers(example)))
+        if size >= PIECE_CHARACTERS:
+            yield examples[start : at + 1]
+            start, size = at + 1, 0
+    if start < len(examples):
+        yield examples[start:]
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+from anyio import CapacityLimiter
 
 from service.artifacts import ArtifactStore
 from service.errors import TooManyRequests, UnusableModel
@@ -19,6 +23,15 @@ REMEMBERED = 10_000
 # A job writes a copy of its model and an adapter, which is a small part of it; and the report and tokenizer files.
 WITH_ADAPTER = 1.1
 BESIDES_BYTES = 64 * 2**20
+# Submissions over this are large: it takes seconds to count their tokens.
+LARGE_BYTES = 1_000_000
+# Of one caller, read or checked; they stay in memory meanwhile.
+LARGE_OF_A_CALLER = 4
+# Checked at the same time, of everybody. Reads of jobs have all the other threads.
+LARGE_THREADS = 2
+SMALL_THREADS = 16
+# When a caller whose large submissions are being checked may send another.
+CHECKED_SECONDS = 5
 # When a caller whose jobs fill its part of the queue may look again.
 LOOK_AGAIN_SECONDS = 15
 
@@ -42,6 +55,45 @@ class QueueLimits:
                 f"{waiting:,} of your jobs wait already, the most allowed; submit more when some have started",
                 retry_after=LOOK_AGAIN_SECONDS,
             )
+
+
+class Submissions:
+    """Bodies of `POST /v1/jobs` that are being read or checked: however many come, and however large, jobs can be read.
+
+    Called from the event loop alone.
+    """
+
+    def __init__(self) -> None:
+        self._large = CapacityLimiter(LARGE_THREADS)
+        self._small = CapacityLimiter(SMALL_THREADS)
+        self._of = Counter[str]()
+
+    @contextmanager
+    def admit(self, caller: str, declared: str) -> Iterator[CapacityLimiter]:
+        """The threads that may check a body.
+
+        Args:
+            declared: its `Content-Length`; without one it may be large.
+
+        Raises:
+            TooManyRequests: as many of the caller's are large already as may be.
+        """
+        if declared.isdecimal() and int(declared) <= LARGE_BYTES:
+            yield self._small
+            return
+        if self._of[caller] >= LARGE_OF_A_CALLER:
+            raise TooManyRequests(
+                f"{LARGE_OF_A_CALLER} submissions of yours of over {LARGE_BYTES:,} bytes, or of no declared length, "
+                "are being checked; send the next when one has its answer",
+                retry_after=CHECKED_SECONDS,
+            )
+        self._of[caller] += 1
+        try:
+            yield self._large
+        finally:
+            self._of[caller] -= 1
+            if not self._of[caller]:
+                del self._of[caller]
 
 
 class Rates:

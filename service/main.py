@@ -18,7 +18,7 @@ from service.artifacts import ArtifactStore
 from service.errors import C2IError, Unauthenticated
 from service.jobs import JobSpec
 from service.keys import KeyStore
-from service.limits import QueueLimits, Rates
+from service.limits import QueueLimits, Rates, Submissions
 from service.logs import named
 from service.metrics import Metrics
 from service.queue import JobQueue, connect
@@ -52,6 +52,7 @@ def create_app(settings: Settings, redis_url: str, poster: Poster | None = None)
         Metrics(JobQueue(probe, settings.job_ttl), store),
         KeyStore(redis),
         Rates(settings.rate_in_force),
+        Submissions(),
         Watcher(redis_url),
     )
 

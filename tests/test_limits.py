@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from service import lengths, models
 from service.embedded import EmbeddedRedis
-from service.errors import TooManyRequests
+from service.errors import InvalidInput, TooManyRequests
+from service.jobs import JobSpec
 from service.keys import KeyStore, Scope
-from service.limits import Rates
+from service.limits import Rates, Submissions
 from service.settings import Settings
 from tests.live import Api, install, redis, spec, wait_until
 
@@ -97,6 +99,41 @@ def test_a_full_share_of_the_queue_is_refused_to_the_job_even_at_once(folder: Pa
         assert api.http.post("/v1/jobs", json=spec()).status_code == 202
 
 
+def test_more_large_bodies_than_a_caller_may_send_at_once_are_refused_and_the_others_taken(
+    folder: Path, server: EmbeddedRedis
+) -> None:
+    submissions = Submissions()
+    with ExitStack() as admitted:
+        for declared in ("1000001", "", "16000000", "nonsense"):
+            admitted.enter_context(submissions.admit("a", declared))
+        with pytest.raises(TooManyRequests), submissions.admit("a", "2000000"):
+            pass
+        admitted.enter_context(submissions.admit("a", "1000000"))
+        admitted.enter_context(submissions.admit("b", "2000000"))
+    with submissions.admit("a", "2000000"):
+        pass
+    large = {**spec(), "metadata": {}, "examples": [{"prompt": "é" * 90_000, "completion": "b"}] * 8}
+    with serving(folder, server) as api, ThreadPoolExecutor(12) as threads:
+        answers = list(threads.map(lambda _: api.http.post("/v1/jobs", json=large), range(12)))
+        assert {answer.status_code for answer in answers} <= {422, 429}
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert all(int(answer.headers["Retry-After"]) >= 1 for answer in refused)
+        assert api.http.post("/v1/jobs", json=large).status_code == 422, "none is counted any more"
+
+
+def test_tokens_are_counted_no_further_than_the_limit(tiny_models: Callable[..., Path], tmp_path: Path) -> None:
+    install(tiny_models("llama"), tmp_path)
+    model = models.resolve(tmp_path / "models", "tiny-llama")
+    job = JobSpec.parse(spec(examples=[{"prompt": f"{k} " + "a b c d " * 5000, "completion": "b"} for k in range(30)]))
+    whole = lengths.count(model, job.examples).total
+    lengths.check_total(model, job, whole)
+    with pytest.raises(InvalidInput, match=f"a job may have {whole - 1:,}"):
+        lengths.check_total(model, job, whole - 1)
+    with pytest.raises(InvalidInput, match="or more together") as caught:
+        lengths.check_total(model, job, 10)
+    assert int(caught.value.message.split()[3].replace(",", "")) < whole / 3
+
+
 @pytest.mark.parametrize(
     ("limits", "status", "param", "words"),
     [
@@ -123,5 +160,8 @@ def test_every_counted_route_documents_that_it_may_refuse(folder: Path, server: 
             for path, methods in document["paths"].items()
             for method, operation in methods.items()
         }
-        assert "429" in operations["get /v1/jobs/{job_id}"]
-        assert "429" not in operations["get /healthz"]
+        counted = {name for name in operations if name.startswith(("get /v1/", "post /v1/", "delete /v1/"))}
+        assert len(counted) >= 10
+        assert {name for name, answers in operations.items() if "429" in answers} >= counted
+        assert {"413", "422", "429"} <= set(operations["post /v1/jobs"])
+        assert not {"get /healthz", "get /readyz"} & {name for name in operations if "429" in operations[name]}

@@ -27,7 +27,7 @@ from service.errors import (
 )
 from service.jobs import field_path
 from service.keys import KeyStore
-from service.limits import Rates
+from service.limits import Rates, Submissions
 from service.metrics import Metrics
 from service.queue import JobQueue
 from service.settings import MAX_BODY_BYTES, Settings
@@ -47,6 +47,8 @@ class Service:
     keys: KeyStore
     rates: Rates
     """Requests of each caller."""
+    submissions: Submissions
+    """Bodies that are being checked."""
     watcher: Watcher
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from typing import Annotated, Any
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
@@ -48,6 +51,30 @@ async def _job_id(job_id: Annotated[str, Path(description="As `POST /v1/jobs` re
 JobId = Annotated[str, Depends(_job_id)]
 
 
+async def _admit(caller: Submitter, request: Request, service: TheService) -> AsyncIterator[CapacityLimiter]:
+    """The threads that may check the body; a caller who is refused them still sees why."""
+    with ExitStack() as admitted:
+        try:
+            declared = request.headers.get("content-length", "")
+            threads = admitted.enter_context(service.submissions.admit(caller.owner, declared))
+        except TooManyRequests:
+            await _drain(request)
+            raise
+        yield threads
+
+
+async def _drain(request: Request) -> None:
+    """Read a body that nobody wants, as far as a client is let send it."""
+    received = 0
+    async for chunk in request.stream():
+        received += len(chunk)
+        if received > DRAIN_BYTES:
+            break
+
+
+Threads = Annotated[CapacityLimiter, Depends(_admit)]
+
+
 class JobList(BaseModel):
     """One page, newest first. `next` is the `after` of the next one, null on the last."""
 
@@ -78,6 +105,7 @@ async def create_job(
     request: Request,
     response: Response,
     service: TheService,
+    threads: Threads,
     idempotency_key: IdempotencyKey = None,
     dry_run: Annotated[bool, Query(description="Check the job and tell what it would take; queue nothing.")] = False,
 ) -> Any:
@@ -89,9 +117,9 @@ async def create_job(
         raise UnsupportedMediaType("the body must be JSON with `Content-Type: application/json`")
     body = await _read_body(request)
     if dry_run:
-        return JSONResponse((await run_in_threadpool(_estimate, service, body)).model_dump())
+        return JSONResponse((await to_thread.run_sync(_estimate, service, body, limiter=threads)).model_dump())
     claim = Claim.of(caller.owner, idempotency_key, body) if idempotency_key else None
-    job, created = await run_in_threadpool(_create, service, caller, body, claim)
+    job, created = await to_thread.run_sync(_create, service, caller, body, claim, limiter=threads)
     bind_contextvars(job_id=job.id)
     if not created:
         response.headers["Idempotent-Replayed"] = "true"
@@ -136,8 +164,9 @@ def _check(service: Service, body: bytes) -> tuple[JobSpec, models.Model]:
     check_model_size(model, service.settings.max_model_parameters)
     check_disk(model, service.store, service.settings.job_disk_bytes)
     masks.check_masks(model, spec)
-    lengths.check_lengths(model, spec)
+    # First, as it bounds what it takes to count.
     lengths.check_total(model, spec, service.settings.max_tokens)
+    lengths.check_lengths(model, spec)
     return spec, model
 
 
