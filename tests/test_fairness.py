@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -14,9 +16,11 @@ from service.embedded import EmbeddedRedis
 from service.errors import InternalError
 from service.fairness import CLOCK, ORDER, Held
 from service.jobs import JobSpec, JobStatus
+from service.keys import KeyStore, Scope
 from service.limits import QueueLimits
 from service.queue import JobQueue, connect, new_job_id
 from tests import tiny
+from tests.live import Api, WorkerProcess, install, spec, wait_until
 from tests.live import redis as new_redis
 
 SPEC = JobSpec.parse({"model": "tiny-llama", "examples": tiny.learnable_examples(12)})
@@ -97,7 +101,7 @@ def start_next(queue: JobQueue) -> str | None:
 
 
 @settings(
-    max_examples=30, deadline=None, phases=NO_SHRINKING, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=20, deadline=None, phases=NO_SHRINKING, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     st.sampled_from([1, 2, None]),
@@ -278,3 +282,42 @@ def test_ten_thousand_waiting_jobs_cost_a_submission_little(queue: JobQueue) -> 
     for _ in range(20):
         submit(queue, "b")
     assert (time.perf_counter() - before) / 20 < 0.05
+
+
+def test_workers_start_no_more_of_a_keys_jobs_than_it_may_have_and_go_on_with_the_others(
+    tiny_models: Callable[..., Path], tmp_path: Path
+) -> None:
+    install(tiny_models("llama"), tmp_path)
+    server = new_redis(tmp_path)
+    env = {"C2I_MAX_RUNNING_JOBS": "1"}
+    workers = [WorkerProcess(tmp_path, server.url, env) for _ in range(2)]
+    api = Api(tmp_path, server.url, max_running_jobs=1, require_keys=True)
+    try:
+        keys = KeyStore(api.service.queue.redis)
+        scopes = frozenset({Scope.READ, Scope.SUBMIT})
+        a, b = ({"Authorization": f"Bearer {keys.create(name, scopes)[0]}"} for name in "ab")
+
+        def post(key: dict[str, str], do: str) -> str:
+            answer = api.http.post("/v1/jobs", json=spec(metadata={"do": do}), headers=key)
+            assert answer.status_code == 202, answer.text
+            return str(answer.json()["id"])
+
+        def job(key: dict[str, str], job_id: str) -> dict[str, Any]:
+            return dict(api.http.get(f"/v1/jobs/{job_id}", headers=key).json())
+
+        blocking = post(a, "block")
+        wait_until(lambda: job(a, blocking)["status"] == "running", 30, "the first is running")
+        rest = [post(a, "publish") for _ in range(3)]
+        of_b = post(b, "publish")
+        wait_until(lambda: job(b, of_b)["status"] == "succeeded", 30, "the other key's job is done")
+        assert [job(a, job_id)["status"] for job_id in rest] == ["queued"] * 3
+        api.http.post(f"/v1/jobs/{blocking}/cancel", headers=a)
+        wait_until(lambda: all(job(a, one)["status"] == "succeeded" for one in rest), 30, "its others have run")
+        began = [job(a, job_id)["started_at"] for job_id in rest]
+        ended = [job(a, job_id)["finished_at"] for job_id in rest]
+        assert all(end <= begin for end, begin in zip(ended, began[1:], strict=False)), "one at a time, in order"
+    finally:
+        for worker in workers:
+            worker.terminate()
+        api.stop()
+        server.stop()
