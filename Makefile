@@ -2,6 +2,7 @@
 #   make demo    a real model gets better at a real task, over HTTP
 #   make test    the whole test suite
 #   make fuzz    ten thousand random bodies, and schemathesis over the whole OpenAPI document
+#   make chaos   kills, stops and starves a real service, 40 times; half an hour
 #   make load    how fast the service is; needs wrk (apt-get install wrk)
 #   make lint    style, types and the directions of imports
 #   make clean   remove what was installed and cached; ./data, with models and jobs, stays
@@ -10,7 +11,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test fuzz load lint clean
+.PHONY: demo test fuzz chaos load lint clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python -m workers.demo
@@ -20,6 +21,9 @@ test: $(INSTALLED)
 
 fuzz: $(INSTALLED)
 	@$(BIN)/python -m tests.fuzz
+
+chaos: $(INSTALLED)
+	@$(BIN)/python -m tests.chaos --parallel 2
 
 load: $(INSTALLED)
 	@$(BIN)/python -m tests.load

@@ -17,6 +17,7 @@ import select
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 import rq
@@ -268,9 +269,11 @@ class Worker(rq.Worker):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         code = 1
         try:
+            job_id, attempt = job.args
+            # `ps` and `top` show which job it is by the end of its ID: a process's name has 15 characters.
+            Path("/proc/self/comm").write_text(job_id[-15:])
             self._lease.bind_this_process()
             limit_this_process(self._settings)
-            job_id, attempt = job.args
             run_attempt(self._queue, self._store, self._settings, self._adapt, job_id, attempt)
             code = 0
         except BaseException:
