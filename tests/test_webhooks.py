@@ -7,6 +7,7 @@ import ipaddress
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +27,7 @@ from service import counters
 from service.embedded import EmbeddedRedis
 from service.errors import InvalidInput, UnusableModel
 from service.jobs import JobSpec
+from service.keys import KeyStore, Scope
 from service.queue import MAX_CRASHES, JobQueue, connect, new_job_id
 from service.webhooks import outbox
 from service.webhooks.addresses import is_public, resolve
@@ -33,7 +35,7 @@ from service.webhooks.contract import PORTS, DeliveryStatus, Target, WebhookStat
 from service.webhooks.posting import TOTAL_SECONDS, Poster
 from service.webhooks.sender import LONGEST_RETRY_AFTER, RETRIES, Sender
 from service.webhooks.signing import SigningSecrets
-from tests.live import REPOSITORY, Api, spec, wait_until
+from tests.live import REPOSITORY, Api, ServeProcess, spec, wait_until
 from tests.receiver import Authority, Network, Receiver, Request
 from tests.stand_in import make_report
 
@@ -451,6 +453,50 @@ def test_the_next_address_is_tried_where_one_does_not_answer(
     assert await_state(queue, create_ended(queue), "delivered").attempts == 1
 
 
+def test_an_address_that_swallows_everything_does_not_take_the_time_of_the_next(
+    queue: JobQueue, network: Network, send: Callable[..., Sender], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.webhooks.posting.CONNECT_SECONDS", 0.3)
+    receiver = network.receiver(HOST)
+    with contextlib.ExitStack() as stack:
+        # Where the queue of connections is full, the kernel drops what comes.
+        full = stack.enter_context(socket.socket())
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(2):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        network.names[HOST].insert(0, full.getsockname())
+        send()
+        assert await_state(queue, create_ended(queue), "delivered").attempts == 1
+    assert receiver.connections == 1
+
+
+def test_a_fault_of_ours_counts_as_an_attempt_and_ends_nothing_else(
+    queue: JobQueue, network: Network, send: Callable[..., Sender]
+) -> None:
+    network.receiver(HOST)
+    usual = network.resolve
+
+    def broken(host: str, port: int) -> list[tuple[str, int]]:
+        if host == "broken.example":
+            raise RuntimeError("t0ken")
+        return usual(host, port)
+
+    network.resolve = broken  # type: ignore[method-assign]
+    with capture_logs() as logged:
+        send(retries=AT_ONCE[:1])
+        job_id = create_ended(queue, "https://broken.example/")
+        assert await_state(queue, job_id, "failed") == WebhookState(
+            status=DeliveryStatus.FAILED, attempts=2, last_error="the attempt failed by a fault of ours"
+        )
+    assert await_state(queue, create_ended(queue), "delivered").attempts == 1
+    assert [one["event"] for one in logged if one["log_level"] == "error"] == [
+        "a webhook failed by a fault of ours"
+    ] * 2
+
+
 def test_nothing_is_said_to_a_receiver_whose_certificate_is_not_the_hosts(
     queue: JobQueue, network: Network, send: Callable[..., Sender], tmp_path: Path
 ) -> None:
@@ -632,7 +678,7 @@ def test_the_secret_that_an_operator_prints_verifies_by_what_the_page_says(
 ) -> None:
     receiver = network.receiver(HOST)
     send()
-    key = json.loads(c2i(data, "keys", "create", "--name", "a", "--json").stdout)["id"]
+    key = KeyStore(queue.redis).create("a", frozenset({Scope.SUBMIT}))[1].id
     jobs = {owner: create_ended(queue, owner=owner) for owner in ("", key)}
     (snippet,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "webhooks.md").read_text(), re.DOTALL)
     for owner, job_id in jobs.items():
@@ -646,6 +692,22 @@ def test_the_secret_that_an_operator_prints_verifies_by_what_the_page_says(
     refused = c2i(data, "webhooks", "secret", "--key", "key_0")
     assert refused.returncode != 0
     assert "--key" in refused.stderr
+
+
+def test_a_service_that_has_them_on_sends_to_public_addresses_alone(data: Path) -> None:
+    server = ServeProcess(data, "--workers", "0", env={"C2I_WEBHOOKS": "on"})
+
+    def webhook() -> dict[str, Any]:
+        return dict(server.http.get(f"/v1/jobs/{job_id}").json()["webhook"])
+
+    try:
+        job_id = server.http.post("/v1/jobs", json=spec(webhook={"url": URL})).json()["id"]
+        server.http.post(f"/v1/jobs/{job_id}/cancel")
+        wait_until(lambda: webhook()["attempts"], 60, "one attempt was made")
+        # No zone has the name.
+        assert webhook()["last_error"] == "the host name leads to no public address"
+    finally:
+        assert server.stop() == 0
 
 
 def test_the_page_tells_the_schedule_and_the_bounds() -> None:

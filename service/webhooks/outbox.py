@@ -9,8 +9,9 @@ text is made from the job's record, which does not change any more; how far it i
 A lane is an owner's, or a host's where no API keys are in use. Lanes take turns, so one with a thousand messages to a
 dead receiver holds up no other.
 
-Times are milliseconds. Who takes a message moves it to the end of its lease, and that number is the proof that it is
-still the one who has it: two senders never have a message at once, and one that dies leaves it to be sent again.
+Times are milliseconds; those of leases are by the clock of Redis, which all senders share. Who takes a message moves it
+to the end of its lease, and that number is the proof that it is still the one who has it: two senders never have a
+message at once, and one that dies leaves it to be sent again.
 """
 
 from __future__ import annotations
@@ -140,14 +141,15 @@ class Outbox:
         """
         taken: list[Taken] = []
         room = most - sum(busy.values())
-        for lane in cast(list[bytes], self._redis.zrangebyscore(DUE, "-inf", _now())):
+        seconds, microseconds = self._redis.time()
+        now = seconds * 1000 + microseconds // 1000
+        until = now + _milliseconds(lease)
+        for lane in cast(list[bytes], self._redis.zrangebyscore(DUE, "-inf", now)):
             if len(taken) >= room:
                 break
             name = lane.decode()
             if busy.get(name, 0) >= most_of_lane:
                 continue
-            now = _now()
-            until = now + int(lease.total_seconds() * 1000)
             job = cast(bytes | None, self._redis.eval(_CLAIM, 2, DUE, _lane_key(name), name, str(now), str(until)))
             if job is not None:
                 taken.append(Taken(job.decode(), name, until))
@@ -167,7 +169,7 @@ class Outbox:
         Args:
             again_in: when the next attempt is due; None where there is none.
         """
-        due = "" if again_in is None else str(_now() + int(again_in.total_seconds() * 1000))
+        due = "" if again_in is None else str(_now() + _milliseconds(again_in))
         return bool(
             self._redis.eval(
                 _SETTLE,
@@ -194,6 +196,10 @@ class Outbox:
 
 def _lane_key(lane: str) -> str:
     return f"{DUE}:{lane}"
+
+
+def _milliseconds(duration: timedelta) -> int:
+    return int(duration.total_seconds() * 1000)
 
 
 def _now() -> int:

@@ -31,6 +31,8 @@ Allow = Callable[[IPv4Address | IPv6Address], bool]
 TOTAL_SECONDS = 15.0
 # A look-up cannot be broken off: what took longer is not used. (The C library ends it in 30 s, as it is set up mostly.)
 LOOKUP_SECONDS = 30.0
+# Of one address, before the next is tried.
+CONNECT_SECONDS = 4.0
 MAX_ADDRESSES = 4
 
 
@@ -80,7 +82,7 @@ class Poster:
                 return await self._exchange(target, addresses, headers, body)
         except TimeoutError:
             raise Undelivered(f"no answer within {self._total_seconds:g} s") from None
-        except httpcore.ConnectError as error:
+        except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
             # httpcore keeps what it mapped as an argument.
             if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in error.args):
                 raise Undelivered("the receiver's certificate is not valid") from None
@@ -157,9 +159,11 @@ class _Pinned(httpcore.AsyncNetworkBackend):
         error: Exception = httpcore.ConnectError()
         for address, number in self._addresses:
             try:
-                self._stream = await self._network.connect_tcp(address, number, timeout, local_address, socket_options)
+                self._stream = await self._network.connect_tcp(
+                    address, number, CONNECT_SECONDS, local_address, socket_options
+                )
                 return self._stream
-            except httpcore.ConnectError as failed:
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as failed:
                 error = failed
         raise error
 

@@ -27,7 +27,7 @@ from service.webhooks.signing import SigningSecrets, message, signed_headers
 
 logger = named(__name__)
 
-LOOK_SECONDS = 0.5
+LOOK_SECONDS = 0.2
 # At the same time, of all lanes and of one.
 MOST = 32
 MOST_OF_LANE = 4
@@ -99,6 +99,9 @@ class Sender(threading.Thread):
             except RedisError as error:
                 logger.warning("the webhooks' sender cannot reach Redis", exc_info=error)
                 begun = False
+            except Exception:
+                logger.exception("the webhooks' sender failed; it goes on")
+                begun = False
             if begun:
                 continue
             if self._running:
@@ -125,6 +128,8 @@ class Sender(threading.Thread):
             await self._attempt(taken)
         except RedisError as error:
             logger.warning("a webhook is left to be sent again", job_id=taken.job_id, exc_info=error)
+        except Exception:
+            logger.exception("a webhook could not be made; it is left to be sent again", job_id=taken.job_id)
 
     async def _attempt(self, taken: Taken) -> None:
         letter = await asyncio.to_thread(self._queue.outbox.read, taken)
