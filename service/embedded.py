@@ -22,9 +22,9 @@ from redis.backoff import NoBackoff
 from redis.exceptions import BusyLoadingError, RedisError
 from redis.retry import Retry
 
+from service.connections import socket_url
 from service.errors import Conflict, Unavailable
 from service.processes import Child
-from service.queue import socket_url
 from service.settings import Settings
 
 # The kernel's limit for a socket's path is 108 bytes with the closing zero.

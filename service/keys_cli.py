@@ -80,8 +80,8 @@ def revoke(
 
 @contextmanager
 def _keys(data: Path | None) -> Iterator[KeyStore]:
+    from service.connections import connect  # noqa: PLC0415
     from service.embedded import reach_redis  # noqa: PLC0415 - the other commands need no Redis
-    from service.queue import connect  # noqa: PLC0415
 
     with reach_redis(Settings.load(data=data)) as url, connect(url) as redis:
         yield KeyStore(redis)

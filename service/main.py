@@ -15,13 +15,14 @@ from starlette.exceptions import HTTPException
 
 from service.access import Access
 from service.artifacts import ArtifactStore
+from service.connections import connect
 from service.errors import C2IError, Unauthenticated
 from service.jobs import JobSpec
 from service.keys import KeyStore
 from service.limits import QueueLimits, Rates, Submissions
 from service.logs import named
 from service.metrics import Metrics
-from service.queue import JobQueue, connect
+from service.queue import JobQueue
 from service.reaper import Reaper
 from service.routes import events, files, health, jobs, models
 from service.routes.authentication import document_keys

@@ -22,7 +22,7 @@ from starlette.concurrency import run_in_threadpool
 
 from service.errors import TooManyRequests
 from service.logs import named
-from service.queue import CHANGES
+from service.transactions import CHANGES
 
 logger = named(__name__)
 

@@ -16,9 +16,11 @@ import pytest
 from redis import Redis
 
 from service.artifacts import ArtifactStore
+from service.connections import connect
 from service.embedded import EmbeddedRedis
 from service.jobs import JobSpec
-from service.queue import JobQueue, connect, new_job_id
+from service.queue import JobQueue
+from service.records import new_job_id
 from tests.chaos.faults import FAULTS
 from tests.chaos.invariants import (
     check_artifacts,

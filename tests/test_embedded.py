@@ -11,9 +11,9 @@ import pytest
 from redis import Redis
 
 from service import embedded
+from service.connections import connect
 from service.embedded import MAX_SOCKET_BYTES, EmbeddedRedis, find_server, socket_path
 from service.errors import Conflict, Unavailable
-from service.queue import connect
 from tests.live import REPOSITORY, wait_until
 
 

@@ -20,11 +20,12 @@ from redis import Redis
 
 from service import watching
 from service.client import Client
+from service.connections import connect
 from service.embedded import EmbeddedRedis
 from service.errors import Unavailable
 from service.jobs import JobEvent, Progress, Stage
 from service.keys import Scope
-from service.queue import JobQueue, connect
+from service.queue import JobQueue
 from service.routes import events
 from service.server import OPEN_FILES
 from service.watching import Watcher

@@ -12,13 +12,15 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from service.connections import connect
 from service.embedded import EmbeddedRedis
 from service.errors import InternalError
 from service.fairness import CLOCK, ORDER, Held
 from service.jobs import JobSpec, JobStatus
 from service.keys import KeyStore, Scope
 from service.limits import QueueLimits
-from service.queue import JobQueue, connect, new_job_id
+from service.queue import JobQueue
+from service.records import new_job_id
 from tests import tiny
 from tests.live import Api, WorkerProcess, install, spec, wait_until
 from tests.live import redis as new_redis

@@ -13,7 +13,7 @@ import pytest
 
 from service.errors import JobNotFound
 from service.jobs import JobSpec
-from service.queue import new_job_id
+from service.records import new_job_id
 from tests import stand_in
 from tests.live import Api, spec
 

@@ -13,7 +13,7 @@ import pytest
 from service.idempotency import KEPT
 from service.jobs import JobSpec
 from service.keys import Scope
-from service.queue import new_job_id
+from service.records import new_job_id
 from tests.live import Api, spec
 
 NAME = "Idempotency-Key"

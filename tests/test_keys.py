@@ -20,11 +20,13 @@ from starlette.routing import Route
 
 from service import embedded
 from service.client import Client
+from service.connections import connect
 from service.embedded import EmbeddedRedis, reach_redis
 from service.errors import InvalidInput, NotFound, Unauthenticated
 from service.jobs import JobSpec
 from service.keys import KEYS, Key, KeyStore, Scope
-from service.queue import OWNED, JobQueue, connect, new_job_id
+from service.queue import OWNED, JobQueue
+from service.records import new_job_id
 from service.settings import Settings
 from tests.live import REPOSITORY, Api, ServeProcess, WorkerProcess, spec
 

@@ -8,10 +8,12 @@ from datetime import timedelta
 
 import pytest
 
+from service.connections import connect
 from service.embedded import EmbeddedRedis
 from service.errors import Conflict, JobNotFound, NotFound, UnusableModel
 from service.jobs import JobSpec, JobStatus, Progress, Stage
-from service.queue import MAX_CRASHES, JobQueue, connect, new_job_id
+from service.queue import MAX_CRASHES, JobQueue
+from service.records import new_job_id
 from tests.live import spec
 from tests.stand_in import make_report
 

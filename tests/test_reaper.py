@@ -9,10 +9,12 @@ import pytest
 from redis.exceptions import RedisError
 
 from service.artifacts import ArtifactStore
+from service.connections import connect
 from service.embedded import EmbeddedRedis
 from service.jobs import JobSpec, JobStatus
-from service.queue import JobQueue, connect, new_job_id
+from service.queue import JobQueue
 from service.reaper import Reaper
+from service.records import new_job_id
 from tests.live import spec, wait_until
 
 

@@ -17,10 +17,12 @@ from pathlib import Path
 import pytest
 
 from service.artifacts import ArtifactStore
+from service.connections import connect
 from service.embedded import EmbeddedRedis
 from service.jobs import JobSpec, JobStatus
-from service.queue import JobQueue, connect, new_job_id
+from service.queue import JobQueue
 from service.reaper import ORPHAN, Reaper
+from service.records import new_job_id
 from service.settings import Settings
 from tests.live import Api, spec, wait_until
 from tests.stand_in import make_report

@@ -17,11 +17,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 
 from service.access import HEADER
+from service.connections import socket_url
 from service.embedded import EmbeddedRedis, socket_path
 from service.errors import InvalidInput
 from service.logs import describe
 from service.metrics import COUNTED
-from service.queue import socket_url
 from tests.live import REPOSITORY, Api, ServeProcess, WorkerProcess, install, redis, spec, wait_until
 
 SECRET = "the-secret-of-the-example"

@@ -24,11 +24,13 @@ from standardwebhooks import WebhookVerificationError
 from structlog.testing import capture_logs
 
 from service import counters
+from service.connections import connect
 from service.embedded import EmbeddedRedis
 from service.errors import InvalidInput, UnusableModel
 from service.jobs import JobSpec
 from service.keys import KeyStore, Scope
-from service.queue import MAX_CRASHES, JobQueue, connect, new_job_id
+from service.queue import MAX_CRASHES, JobQueue
+from service.records import new_job_id
 from service.webhooks import outbox
 from service.webhooks.addresses import is_public, resolve
 from service.webhooks.contract import PORTS, DeliveryStatus, Target, WebhookState

@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from service import workforce
+from service.connections import connect
 from service.embedded import EmbeddedRedis
 from service.errors import Unavailable
-from service.queue import connect
 from service.workforce import WorkerInfo, WorkerState, list_workers
 from tests.live import Api, WorkerProcess, wait_until
 from workers.machine import Machine, in_child, measure

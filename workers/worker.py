@@ -28,13 +28,14 @@ from rq.worker import WorkerStatus
 
 from service import workforce
 from service.artifacts import ArtifactStore
+from service.connections import connect
 from service.errors import C2IError, Conflict, JobNotFound
 from service.fairness import Held
 from service.jobs import JobStatus
 from service.limits import QueueLimits
 from service.logs import belongs_to, named, take_over
 from service.processes import adopt_orphans, die_with_parent
-from service.queue import JobQueue, connect
+from service.queue import JobQueue
 from service.settings import Settings
 from service.workforce import WorkerInfo, WorkerState
 from workers.attempt import Adapt, run_attempt

@@ -21,7 +21,8 @@ from starlette.concurrency import run_in_threadpool
 
 from service.errors import InvalidInput, JobNotFound
 from service.jobs import JobEvent
-from service.queue import JobQueue, check_event_id
+from service.queue import JobQueue
+from service.records import check_event_id
 from service.routes.authentication import Caller, Reader
 from service.routes.dependencies import Service, TheService, documented
 from service.routes.jobs import JobId

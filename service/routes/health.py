@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from pydantic import BaseModel
 
-from service.queue import check_redis
+from service.connections import check_redis
 from service.routes.authentication import Admin
 from service.routes.dependencies import TheService, documented
 from service.workforce import WorkerInfo, list_workers

@@ -30,7 +30,7 @@ from service.idempotency import Claim
 from service.jobs import Job, JobSpec
 from service.limits import check_disk, check_model_size
 from service.logs import bind_contextvars
-from service.queue import check_job_id, new_job_id
+from service.records import check_job_id, new_job_id
 from service.routes.authentication import Caller, Reader, Submitter
 from service.routes.dependencies import IdempotencyKey, Service, TheService, documented
 from service.settings import MAX_BODY_BYTES

@@ -28,9 +28,9 @@ def secret(
     as_json: AsJson = False,
 ) -> None:
     """Print the secret that signs the messages of a key's jobs; without --key, of jobs submitted without one."""
+    from service.connections import connect  # noqa: PLC0415
     from service.embedded import reach_redis  # noqa: PLC0415 - the other commands need no Redis
     from service.keys import KeyStore  # noqa: PLC0415
-    from service.queue import connect  # noqa: PLC0415
     from service.webhooks.signing import SigningSecrets  # noqa: PLC0415
 
     with reach_redis(Settings.load(data=data)) as url, connect(url) as redis:

@@ -23,9 +23,9 @@ import httpx
 from redis import Redis
 from redis.exceptions import RedisError
 
+from service.connections import connect, socket_url
 from service.embedded import find_server
 from service.processes import die_with_parent
-from service.queue import connect, socket_url
 from tests import tiny
 from tests.chaos.watch import Watcher
 from tests.live import REPOSITORY, wait_until

@@ -26,9 +26,10 @@ import psutil
 from redis import Redis
 
 from service.artifacts import ArtifactStore
+from service.connections import connect, socket_url
 from service.embedded import socket_path
 from service.jobs import JobSpec
-from service.queue import JobQueue, connect, socket_url
+from service.queue import JobQueue
 from service.settings import Settings
 from tests import tiny
 from tests.live import REPOSITORY, ServeProcess, install
