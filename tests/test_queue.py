@@ -158,7 +158,7 @@ def test_a_lost_job_is_found_and_recovered(queue: JobQueue) -> None:
 
 
 def test_events_grow_and_are_read_on_from_any_of_them(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.queue.MAX_EVENTS", 20)
+    monkeypatch.setattr("service.transactions.MAX_EVENTS", 20)
     job_id = create(queue)
     attempt = queue.start(job_id)
     for percent in range(0, 100, 25):
