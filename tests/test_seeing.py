@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -127,10 +128,16 @@ def test_what_rules_and_panels_name_is_a_metric(path: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (apt-get install prometheus) is not installed")
-def test_rules_fire_where_they_should_and_panels_can_be_evaluated(tmp_path: Path) -> None:
-    def promtool(*arguments: str | Path) -> None:
-        done = subprocess.run(["promtool", *arguments], check=False, capture_output=True, text=True, cwd=REPOSITORY)
+def test_names_keep_to_conventions_rules_fire_where_they_should_and_panels_can_be_evaluated(
+    api: Api, tmp_path: Path
+) -> None:
+    def promtool(*arguments: str | Path, given: str = "") -> None:
+        command = ["promtool", *arguments]
+        done = subprocess.run(command, check=False, input=given, capture_output=True, text=True, cwd=REPOSITORY)
         assert done.returncode == 0, done.stdout + done.stderr
+
+    api.submit()
+    promtool("check", "metrics", given=api.http.get("/metrics").text)
 
     promtool("test", "rules", "tests/alerts.yaml")
     panels = json.loads((REPOSITORY / "docker/grafana-dashboard.json").read_text())["panels"]
@@ -234,11 +241,14 @@ def test_an_error_that_nobody_foresaw_has_its_request_id_and_says_nothing_of_the
         server = ServeProcess(folder, "--workers", "0", log=log)
         try:
             job_id = server.http.post("/v1/jobs", json=spec()).json()["id"]
-            with Redis.from_url(socket_url(str(socket_path(folder)))) as client:
-                client.hset(f"c2i:job:{job_id}", "result", json.dumps({"verdict": [SECRET, str(folder)]}))
+            with Redis.from_url(socket_url(str(socket_path(folder)))) as records:
+                records.hset(f"c2i:job:{job_id}", "result", json.dumps({"verdict": [SECRET, str(folder)]}))
             answer = server.http.get(f"/v1/jobs/{job_id}", headers={HEADER: "mine-2"})
             server.http.get(f"/v1/jobs/{SECRET}")
             server.http.get("/v1/jobs", headers={HEADER: f"c2i_{SECRET}"})
+            with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as client:
+                client.sendall(f"{SECRET}\r\n\r\n".encode())
+                assert client.recv(100).startswith(b"HTTP/1.1 400")
         finally:
             server.stop()
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
@@ -248,6 +258,7 @@ def test_an_error_that_nobody_foresaw_has_its_request_id_and_says_nothing_of_the
     assert str(folder) not in logged + answer.text
     assert str(REPOSITORY) not in logged
     lines = [json.loads(line) for line in logged.splitlines()]
+    assert "Invalid HTTP request received." in {line["event"] for line in lines}
     created, failed, request = [line for line in lines if line.get("job_id") == job_id]
     assert created["event"] == "request" and created["request_id"] != "mine-2"
     assert failed["event"] == "a request failed" and failed["exception"][0]["type"] == "ValidationError"

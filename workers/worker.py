@@ -69,6 +69,7 @@ def work(settings: Settings, redis_url: str, adapt: Adapt, probe: Callable[[], M
     queue.check()
     store = ArtifactStore(settings.artifacts)
     info = introduce(in_child(probe))
+    logger.info("taking jobs", worker=info.id, device=info.device, threads=info.threads)
     adopt_orphans()
     stopped = False
     with contextlib.suppress(StopRequested):  # between two rounds
