@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,21 +17,27 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from service.errors import InvalidInput, UnusableModel
+from service.errors import InvalidInput
 from service.jobs import Example, JobSpec, PromptFormat
 from service.masks import fill
+from service.model_files import unusable
 from service.models import Model, too_long
-from service.tokenizer_files import head
+from service.tokenizer_files import head, working_tokenizer
 
 # Special tokens that a post-processor may add, and a blank that a pre-tokenizer may prepend.
 MARGIN_TOKENS = 64
 # By how much a normalizer can lengthen a text in UTF-8, at worst: U+FDFA is 3 bytes and 33 under NFKC. One that is
 # not listed may do anything, and every example is then tokenised.
 GROWTH = {"Prepend": 1, "Strip": 1, "StripAccents": 1, "NFC": 4, "NFD": 4, "NFKC": 11, "NFKD": 11, "Lowercase": 2}
+# By how much replacements may do that, one after the other: those in use replace a character by one.
+MAX_REPLACED = 1000
 # A blank becomes U+2581, of three bytes, and as many tokens where the vocabulary lacks it.
 METASPACE_GROWTH = 3
 # A fraction of a second's counting.
 PIECE_CHARACTERS = 250_000
+# The largest body takes a few seconds; a pattern can be made to try for a third of a second at each text.
+COUNT_SECONDS = 60.0
+BATCH = 256
 # Of English in a vocabulary of today.
 BYTES_A_TOKEN = 4
 
@@ -139,12 +146,22 @@ def count(model: Model, examples: Sequence[Example]) -> Tokens:
 
 
 def _count(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
-    return [len(encoding) for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    lengths: list[int] = []
+    deadline = time.monotonic() + COUNT_SECONDS
+    while len(lengths) < len(texts):
+        if time.monotonic() > deadline:
+            raise unusable(f"its tokenizer takes more than {COUNT_SECONDS:g} s over these examples")
+        # One alone first: a batch that fails does so when all of it is done.
+        batch = texts[len(lengths) : len(lengths) + (BATCH if lengths else 1)]
+        with working_tokenizer():
+            lengths += map(len, tokenizer.encode_batch_fast(batch, add_special_tokens=False))
+    return lengths
 
 
 def _special_prefix(tokenizer: Tokenizer) -> int:
     """How many special tokens the tokenizer puts before a text."""
-    bare, full = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    with working_tokenizer():
+        bare, full = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
     return next((start for start in range(len(full)) if full[start : start + len(bare)] == bare), 0)
 
 
@@ -158,10 +175,8 @@ def _bytes(example: Example) -> int:
 
 @lru_cache(maxsize=2)
 def _tokenizer(path: Path, size: int, changed: int) -> Tokenizer:
-    try:
+    with working_tokenizer():
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception:  # the package raises nothing narrower
-        raise UnusableModel("this model cannot be used: its tokenizer.json is not readable", param="model") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -171,17 +186,27 @@ def _tokenizer(path: Path, size: int, changed: int) -> Tokenizer:
 def _growth(path: Path, size: int, changed: int) -> int | None:
     """Tokens a byte of text, at most; None where that is unknown."""
     parts = head(path)
-    if parts is None:
-        return None
-    if len(json.dumps(parts["post_processor"])) > 40 * MARGIN_TOKENS:
-        return None
+    try:
+        return None if parts is None else _growth_of(parts)
+    except (TypeError, ValueError, RecursionError):  # what no tokenizer writes
+        raise unusable("its tokenizer.json is not readable") from None
+
+
+def _growth_of(parts: dict[str, Any]) -> int | None:
     growth = METASPACE_GROWTH if '"Metaspace"' in json.dumps(parts.get("pre_tokenizer")) else 1
+    replaced = 1
+    known = len(json.dumps(parts["post_processor"])) <= 40 * MARGIN_TOKENS
     for normalizer in _normalizers(parts["normalizer"]):
-        factor = _replacement_growth(normalizer) if normalizer["type"] == "Replace" else GROWTH.get(normalizer["type"])
-        if factor is None:
-            return None
-        growth *= factor
-    return growth
+        if normalizer["type"] == "Replace":
+            factor = _replacement_growth(normalizer)
+            replaced *= factor or max(1, len(str(normalizer.get("content")).encode()))
+        else:
+            factor = GROWTH.get(normalizer["type"])
+        known = known and factor is not None
+        growth *= factor or 1
+    if replaced > MAX_REPLACED:
+        raise unusable(f"its tokenizer.json makes texts {replaced:,} times as long before it reads them")
+    return growth if known else None
 
 
 def _normalizers(value: object) -> Iterator[dict[str, Any]]:

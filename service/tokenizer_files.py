@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from service.model_files import unusable
 
 # What every tokenizer with a mask token calls it; a tokenizer.json lists it without naming its role.
 MASK_TOKENS = frozenset({"<mask>", "[MASK]"})
@@ -46,3 +50,21 @@ def mask_token(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:
     names = {one.get("content") for one in added or () if isinstance(one, dict)} if isinstance(added, list) else set()
     found = [name for name in MASK_TOKENS if name in names]
     return found[0] if len(found) == 1 else None
+
+
+@contextlib.contextmanager
+def working_tokenizer() -> Iterator[None]:
+    """Refuse a model whose tokenizer fails at what is done inside.
+
+    `tokenizers` raises `Exception` itself and nothing narrower; where a file is made to confuse it, Rust panics, which
+    is no Exception at all.
+
+    Raises:
+        UnusableModel: without what the package says, which may hold the text.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise unusable("its tokenizer.json does not hold a tokenizer that works") from None

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from service import models
 from service.errors import InvalidInput, UnusableModel
 from service.jobs import Example, JobSpec, PromptFormat, Stage
+from service.lengths import check_lengths
 from service.models import check_unchanged, resolve
 from tests import tiny
 from tests.live import REPOSITORY, install, spec
@@ -405,9 +406,9 @@ UNLOADABLE: dict[str, tuple[Spoil, str]] = {
     "no language model": (config(model_type="vit"), "transformers cannot load"),
     "words for a size": (config(intermediate_size="48"), "transformers cannot load"),
     "no tokenizer": (without_tokenizer, "this model's tokenizer"),
-    "a broken tokenizer": (write("tokenizer.json", "{"), "this model's tokenizer"),
-    "a tokenizer of nothing": (write("tokenizer.json", "{}"), "this model's tokenizer"),
-    "a bottomless tokenizer": (write("tokenizer.json", "[" * 10**6), "this model's tokenizer"),
+    "a broken tokenizer": (write("tokenizer.json", "{"), "tokenizer"),
+    "a tokenizer of nothing": (write("tokenizer.json", "{}"), "tokenizer"),
+    "a bottomless tokenizer": (write("tokenizer.json", "[" * 10**6), "tokenizer"),
     "a tokenizer class that is abstract": (
         tokenizer_config(tokenizer_class="PreTrainedTokenizerBase"),
         "this model's tokenizer",
@@ -451,6 +452,66 @@ def test_an_example_that_needs_a_token_without_a_row_is_named(folder: Path) -> N
     with pytest.raises(InvalidInput, match="embedding has 328 rows") as caught:
         encode_for(base, examples, prompt_format=PromptFormat.TEXT, context=None, name="test")
     assert caught.value.param == "test[1].prompt"
+
+
+def split(pattern: str) -> dict[str, Any]:
+    return {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}}
+
+
+def replace(pattern: dict[str, str], content: str, times: int = 1) -> dict[str, Any]:
+    normalizer = {"type": "Replace", "pattern": pattern, "content": content}
+    return {"normalizer": {"type": "Sequence", "normalizers": [normalizer] * times}}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    inner: dict[str, Any] = {"type": "NFC"}
+    for _ in range(depth):
+        inner = {"type": "Sequence", "normalizers": [inner]}
+    return {"normalizer": inner}
+
+
+# Each as keys of a tokenizer.json. Most of these make Rust panic, which is no Exception in Python.
+TOKENIZERS: dict[str, dict[str, Any]] = {
+    "a pattern without end": split("(a+)+$"),
+    "a pattern that is none": split("(("),
+    "a text that doubles and doubles": replace({"String": "a"}, "a" * 10, times=30),
+    "a text that grows by a pattern": replace({"Regex": "a"}, "a" * 10, times=30),
+    "nothing replaced": replace({"String": ""}, "a" * 10),
+    "steps of no length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "a map that is cut off": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "a map that leads astray": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "BAAAAP////8="}},
+    "normalizers within normalizers": nested(120),
+    "a normalizer that is a list": {"normalizer": {"type": ["NFC"]}},
+    "half a character": replace({"String": "a"}, "\ud800"),
+    "an unknown token that is missing": {
+        "model": {"type": "WordPiece", "unk_token": "?", "continuing_subword_prefix": "", "max_input_chars_per_word": 9,
+                  "vocab": {"x": 0}}
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", TOKENIZERS)
+def test_a_hostile_tokenizer_is_refused_where_examples_are_counted_and_where_they_are_read(
+    folder: Path, what: str
+) -> None:
+    edit("tokenizer.json", **TOKENIZERS[what])(folder)
+    examples = [{"prompt": f"{'a' * 400}!{k}", "completion": " no"} for k in range(12)]
+    checked = resolve(folder.parent, folder.name)
+    began = time.process_time()
+    with pytest.raises(UnusableModel, match="tokenizer") as caught:
+        check_lengths(checked, JobSpec.parse(spec(examples=examples)))
+    presentable(caught.value, folder)
+    assert time.process_time() - began < 3
+    if "grows" not in what and "doubles" not in what:  # a worker's memory is limited
+        with pytest.raises(UnusableModel, match="tokenizer") as caught:
+            encode_for(
+                load(folder),
+                [Example.model_validate(example) for example in examples],
+                prompt_format=PromptFormat.TEXT,
+                context=None,
+                name="examples",
+            )
+        presentable(caught.value, folder)
 
 
 TEMPLATES: dict[str, tuple[str, str]] = {

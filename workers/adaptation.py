@@ -17,6 +17,7 @@ from service.jobs import Example, JobSpec, PromptFormat, Stage
 from service.masks import check_masks
 from service.models import Model, check_unchanged
 from service.reports import Report, SkippedModule, Verification
+from service.tokenizer_files import working_tokenizer
 from workers import masked
 from workers.bounds import DriftBound
 from workers.checkpoints import reload_check, write_adapter, write_model
@@ -142,7 +143,8 @@ def encode_for(
 ) -> list[Encoded]:
     """Tokenise examples as the model takes them: the completion behind the prompt, or at its mask."""
     encode_split = masked.encode if base.masked else encode
-    encoded = encode_split(examples, base.tokenizer, prompt_format=prompt_format, context=context, name=name)
+    with working_tokenizer():
+        encoded = encode_split(examples, base.tokenizer, prompt_format=prompt_format, context=context, name=name)
     for i, one in enumerate(encoded):
         largest = max(*one.prompt, *(token for tokens in one.continuations for token in tokens))
         if largest >= base.vocabulary:

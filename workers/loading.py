@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 from service.errors import C2IError, UnusableModel
 from service.model_configs import is_masked, read_config
 from service.model_files import shown
+from service.tokenizer_files import working_tokenizer
 from service.weights import BITS, Tensor, read_weights
 from workers.examples import Tokenizer
 from workers.memory import is_out_of_memory
@@ -66,7 +67,7 @@ def load(folder: Path) -> Checkpoint:
         UnusableModel: if transformers cannot load one of them, or they are not for each other.
     """
     model = load_model(folder)
-    with _explained("this model's tokenizer"):
+    with _explained("this model's tokenizer"), working_tokenizer():
         loaded: Any = AutoTokenizer.from_pretrained(folder, **FOLDER_ONLY)
     if not isinstance(loaded, PreTrainedTokenizerBase):
         raise UnusableModel("what its tokenizer_config.json names is no tokenizer", param="model")
@@ -163,10 +164,8 @@ def _explained(what: str) -> Iterator[None]:
     """Whatever transformers raises over a folder's content, in words without a path of the server."""
     try:
         yield
-    except C2IError:
-        raise
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or isinstance(error, C2IError):
             raise
         raise UnusableModel(f"transformers cannot load {what}: {_words(error)}", param="model") from error
 
