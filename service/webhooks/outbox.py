@@ -63,6 +63,9 @@ if kept and ARGV[4] ~= '' then
   redis.call('ZADD', KEYS[1], 'LT', ARGV[4], ARGV[1])
 else
   redis.call('ZREM', KEYS[2], ARGV[2])
+  if redis.call('EXISTS', KEYS[2]) == 0 then
+    redis.call('ZREM', KEYS[1], ARGV[1])
+  end
   redis.call('HINCRBYFLOAT', KEYS[4], ARGV[8], 1)
 end
 return 1
