@@ -630,6 +630,16 @@ def test_who_lost_the_lease_changes_nothing(queue: JobQueue) -> None:
     assert not queue.outbox.settle(other, delivered)
 
 
+def test_a_job_that_is_deleted_while_its_message_is_sent_does_not_come_back(queue: JobQueue) -> None:
+    job_id = create_ended(queue)
+    (taken,) = queue.outbox.take(timedelta(minutes=1), {}, 9, 9)
+    queue.delete(job_id)
+    again = WebhookState(status=DeliveryStatus.PENDING, attempts=1, last_error="the receiver answered 503")
+    assert not queue.outbox.settle(taken, again, timedelta())
+    assert not queue.exists(job_id)
+    assert not queue.redis.exists(f"c2i:webhooks:due:{HOST}")
+
+
 def test_a_message_outlives_its_sender_and_redis(
     data: Path, redis: EmbeddedRedis, network: Network, queue: JobQueue, send: Callable[..., Sender]
 ) -> None:

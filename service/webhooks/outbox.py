@@ -49,16 +49,14 @@ end
 return job
 """
 
+# A job that was deleted since has no lease here, so no record comes back.
 _SETTLE = """
 local lease = redis.call('ZSCORE', KEYS[2], ARGV[2])
 if not lease or tonumber(lease) ~= tonumber(ARGV[3]) then
   return 0
 end
-local kept = redis.call('EXISTS', KEYS[3]) == 1
-if kept then
-  redis.call('HSET', KEYS[3], 'webhook_status', ARGV[5], 'webhook_attempts', ARGV[6], 'webhook_error', ARGV[7])
-end
-if kept and ARGV[4] ~= '' then
+redis.call('HSET', KEYS[3], 'webhook_status', ARGV[5], 'webhook_attempts', ARGV[6], 'webhook_error', ARGV[7])
+if ARGV[4] ~= '' then
   redis.call('ZADD', KEYS[2], ARGV[4], ARGV[2])
   redis.call('ZADD', KEYS[1], 'LT', ARGV[4], ARGV[1])
 else
