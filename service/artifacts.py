@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from pydantic import TypeAdapter
 
@@ -173,16 +174,16 @@ class ArtifactStore:
                 return file
         raise NotFound("the job has no such file; `GET /v1/jobs/{id}/files` lists them", param="path")
 
-    def open_path(self, file: ArtifactFile) -> Path:
-        """Where a published file's contents can be read.
+    def open(self, file: ArtifactFile) -> BinaryIO:
+        """A published file's contents; what is open stays whole if its job is deleted.
 
         Raises:
             NotFound: its job was deleted at this very moment.
         """
-        path = self._blob(file.sha256)
-        if not path.is_file():
-            raise NotFound("the job's files have been deleted")
-        return path
+        try:
+            return self._blob(file.sha256).open("rb")
+        except FileNotFoundError:
+            raise NotFound("the job's files have been deleted") from None
 
     # --- removing --------------------------------------------------------------------------------------------
 

@@ -24,7 +24,11 @@ def publish(store: ArtifactStore, job_id: str, attempt: int, **files: str) -> No
 
 
 def contents(store: ArtifactStore, job_id: str, attempt: int) -> dict[str, str]:
-    return {file.path: store.open_path(file).read_text() for file in store.files(job_id, attempt)}
+    found = {}
+    for file in store.files(job_id, attempt):
+        with store.open(file) as stream:
+            found[file.path] = stream.read().decode()
+    return found
 
 
 def test_what_is_published_is_read_and_its_workspace_gone(tmp_path: Path) -> None:

@@ -54,12 +54,12 @@ def test_every_kind_is_dealt_equally_often_and_the_same_seed_deals_the_same() ->
 
 def test_the_table_counts_what_went_wrong() -> None:
     well = Round(1, "kill_api", jobs=2, recovery=1.0)
-    wrong = Round(2, "kill_api", jobs=3, recovery=4.0, lost=1, problems=["a job is gone"])
+    wrong = Round(2, "kill_api", jobs=3, recovery=40.0, lost=1, problems=["a job is gone"])
     skipped = Round(3, "fill_disk", skipped="no")
     assert table([well, wrong, skipped]).splitlines()[2:] == [
-        "| kill api | 2 | 1 | 5 | 1 | 0 | 2.5 s | 4.0 s |",
-        "| fill disk | 0 | | | | | | |",
-        "| all | 2 | 1 | 5 | 1 | 0 | 2.5 s | 4.0 s |",
+        "| kill api | 2 | 1 | 5 | 1 | 0 | 20.5 s | 40.0 s | 1 |",
+        "| fill disk | skipped: no | | | | | | | |",
+        "| all | 2 | 1 | 5 | 1 | 0 | 20.5 s | 40.0 s | 1 |",
     ]
 
 
@@ -250,7 +250,8 @@ def test_files_that_belong_to_nobody_are_found(tmp_path: Path) -> None:
     half.touch()
     (folder / "blobs" / "ab").mkdir(exist_ok=True)
     (folder / "blobs" / "ab" / "abcd").touch()
-    store.open_path(file).unlink()
+    with store.open(file) as stream:
+        Path(stream.name).unlink()
     assert find_stray_files(tmp_path, {JOB}) == [
         f"half-written: {JOB}/.2.manifest.json.77",
         "a blob that no job names: abcd",
@@ -259,14 +260,14 @@ def test_files_that_belong_to_nobody_are_found(tmp_path: Path) -> None:
 
 
 def test_temporary_files_sockets_and_half_written_factors_are_found(tmp_path: Path) -> None:
-    for name in ("tmp", "data/cache"):
+    for name in ("tmp", "data/cache/spectra"):
         (tmp_path / name).mkdir(parents=True)
     with socket.socket(socket.AF_UNIX) as expected, socket.socket(socket.AF_UNIX) as other:
         expected.bind(str(tmp_path / "redis.sock"))
         assert find_strays_beside(tmp_path, tmp_path / "data", tmp_path / "tmp", ["redis.sock"]) == []
         other.bind(str(tmp_path / "other.sock"))
     (tmp_path / "tmp" / "tmpabc").touch()
-    (tmp_path / "data" / "cache" / ".writing-abc").touch()
+    (tmp_path / "data" / "cache" / "spectra" / ".writing-abc").touch()
     assert find_strays_beside(tmp_path, tmp_path / "data", tmp_path / "tmp", ["redis.sock"]) == [
         "a temporary file is left: tmpabc",
         "half-written: cache/.writing-abc",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import io
 import os
@@ -15,6 +16,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from fastapi import Response
+from starlette.types import Message
 
 from service.artifacts import ArtifactStore
 from service.connections import connect
@@ -23,6 +26,8 @@ from service.jobs import JobSpec, JobStatus
 from service.queue import JobQueue
 from service.reaper import ORPHAN, Reaper
 from service.records import new_job_id
+from service.routes.authentication import Caller
+from service.routes.files import get_file, get_model
 from service.settings import Settings
 from tests.live import Api, spec, wait_until
 from tests.stand_in import make_report
@@ -111,6 +116,37 @@ def test_what_is_being_downloaded_comes_whole_though_its_job_is_deleted(api: Api
         with zipfile.ZipFile(io.BytesIO(archive.read())) as unpacked:
             assert unpacked.read(f"{job_id}-model/model/weights") == content
     assert api.http.get(f"/v1/jobs/{job_id}/model.zip").status_code == 404
+
+
+@pytest.mark.parametrize("path", ["model.zip", "files/model/weights"])
+def test_a_job_may_be_deleted_between_a_request_and_the_first_byte_of_its_answer(api: Api, path: str) -> None:
+    content = os.urandom(1_000_000)
+    service = api.service
+    job_id = finish(service.queue, service.store, create(service.queue, service.store), content)
+    caller = Caller("", None)
+    answer = (
+        get_model(caller, service, job_id)
+        if path == "model.zip"
+        else get_file(caller, service, job_id, path.removeprefix("files/"))
+    )
+    service.queue.delete(job_id)
+    service.store.delete(job_id)
+    assert content in asyncio.run(body_of(answer))
+
+
+async def body_of(answer: Response) -> bytes:
+    """What a server is told to send."""
+    body = bytearray()
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        return {}
+
+    async def send(message: Message) -> None:
+        body.extend(message.get("body", b""))
+
+    await answer({"type": "http", "method": "GET", "headers": [], "asgi": {"spec_version": "2.4"}}, receive, send)
+    return bytes(body)
 
 
 @pytest.mark.parametrize("path", ["model.zip", "files/model/weights"])

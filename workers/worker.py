@@ -90,6 +90,9 @@ class Worker(rq.Worker):
 
     # After a restart of Redis a worker is back in no more than this.
     max_connection_wait_time = 2.0
+    # How long a worker waits for the answer of a Redis that gives none, and cannot look after its job: rq would wait
+    # for 15 s. It asks Redis to wait for a job for five seconds at a time.
+    connection_timeout = 10
 
     def __init__(
         self, queue: JobQueue, store: ArtifactStore, settings: Settings, adapt: Adapt, info: WorkerInfo

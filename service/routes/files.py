@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Generator
 from contextlib import ExitStack, closing
-from typing import Annotated, cast
+from typing import Annotated, Any, BinaryIO, cast
 
 from fastapi import APIRouter, Header, Response
 from fastapi.responses import FileResponse, StreamingResponse
@@ -38,9 +38,17 @@ PIECE_BYTES = 512 * 1024
 
 
 class Download(FileResponse):
-    """A file in large pieces."""
+    """An open file in large pieces."""
 
     chunk_size = PIECE_BYTES
+
+    def __init__(self, stream: BinaryIO, **more: Any) -> None:
+        super().__init__(f"/proc/self/fd/{stream.fileno()}", **more)
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._stream:
+            await super().__call__(scope, receive, send)
 
 
 class Archive(StreamingResponse):
@@ -96,7 +104,7 @@ def get_file(
     name = file.path.rpartition("/")[2]
     suffix = name[name.rfind(".") :] if "." in name else ""
     return Download(
-        service.store.open_path(file),
+        service.store.open(file),
         filename=name,
         media_type=MEDIA_TYPES.get(suffix, "application/octet-stream"),
         headers=headers | {"X-Content-Type-Options": "nosniff"},
@@ -145,7 +153,7 @@ def _archive(caller: Caller, service: Service, job_id: str, folder: str, if_none
     with ExitStack() as stack:
         # All are opened at once: what is open stays whole if the job is deleted while it is sent.
         for file in files:
-            stream = stack.enter_context(service.store.open_path(file).open("rb"))
+            stream = stack.enter_context(service.store.open(file))
             archive.add_path(f"/proc/self/fd/{stream.fileno()}", arcname=f"{name}/{file.path}")
         headers |= {"Content-Length": str(len(archive)), "Content-Disposition": f'attachment; filename="{name}.zip"'}
         return Archive(archive, stack.pop_all(), headers)

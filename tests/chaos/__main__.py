@@ -35,12 +35,20 @@ def main() -> int:
     sys.stdout.write("\n" + table(rounds))
     if given.out:
         write(rounds, given.out, about)
-    return int(any(result.problems for result in rounds))
+    return int(any(result.problems or result.slow for result in rounds))
 
 
 def _tell(result: Round) -> None:
     took = f"{result.recovery:.1f} s" if result.recovery is not None else ""
-    state = f"skipped: {result.skipped}" if result.skipped else "WRONG" if result.problems else "well"
+    state = (
+        f"skipped: {result.skipped}"
+        if result.skipped
+        else "WRONG"
+        if result.problems
+        else "slow"
+        if result.slow
+        else "well"
+    )
     sys.stdout.write(f"{result.number:4} {result.kind:24} {result.jobs} jobs {took:>8}  {state}\n")
     for problem in result.problems:
         sys.stdout.write(f"     {problem}\n")

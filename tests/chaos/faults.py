@@ -260,24 +260,35 @@ def cancel_jobs(world: World, rng: random.Random) -> Blow:
 
 
 def delete_jobs(world: World, rng: random.Random) -> Blow:
-    """Jobs are cancelled, and deleted as soon as that is allowed, by two clients at once."""
+    """Jobs are cancelled, and deleted as soon as that is allowed, by two clients at once; a third one still reads."""
+    finished = wait_until(lambda: _succeeded(world), WORK_SECONDS, "a job has succeeded")
+    world.submit(rng)
     for job in world.jobs:
         job.may_be_cancelled = job.may_be_gone = True
 
-    def delete(job: Accepted, after: float) -> str | None:
+    def delete(job_id: str, after: float) -> str | None:
         threading.Event().wait(after)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            world.request("POST", f"/v1/jobs/{job.id}/cancel")
-            answer = world.request("DELETE", f"/v1/jobs/{job.id}")
+            world.request("POST", f"/v1/jobs/{job_id}/cancel")
+            answer = world.request("DELETE", f"/v1/jobs/{job_id}")
             if answer.status_code in (204, 404):
                 return None
             threading.Event().wait(0.02)
-        return f"{job.id} cannot be deleted: {answer.text[:200]}"
+        return f"{job_id} cannot be deleted: {answer.text[:200]}"
 
-    moments = [(job, rng.uniform(0, 3)) for job in world.jobs for _ in range(2)]
+    def read(path: str) -> str | None:
+        while (answer := world.request("GET", f"/v1/jobs/{finished}/{path}")).is_success:
+            if len(answer.content) != int(answer.headers["content-length"]):
+                return f"{path} is cut off"
+        return None if answer.status_code in (404, 409) else f"{path} is answered with {answer.text[:200]}"
+
     blow = Blow(time.time(), _attempts(world, world.at_work()))
-    blow.problems += _at_once(delete, moments)
+    with ThreadPoolExecutor(2) as pool:
+        readers = [pool.submit(read, path) for path in ("model.zip", "files/model/model.safetensors")]
+        moments = [(job.id, rng.uniform(0.2, 3)) for job in world.jobs for _ in range(2)]
+        blow.problems += _at_once(delete, moments)
+        blow.problems += [told for reader in readers if (told := reader.result())]
     return blow
 
 
@@ -410,7 +421,7 @@ def _stop(part: Part) -> list[str]:
 
 
 def _factors(world: World) -> list[Path]:
-    return sorted(path for path in (world.data / "cache").glob("[!.]*") if path.is_file())
+    return sorted((world.data / "cache" / "spectra").glob("[!.]*"))
 
 
 def _at_once(act: Callable[..., str | None], arguments: list[tuple[Any, ...]]) -> list[str]:

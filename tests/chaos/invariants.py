@@ -152,7 +152,7 @@ def find_stray_files(data: Path, jobs: set[str]) -> list[str]:
 def find_strays_beside(folder: Path, data: Path, temporary: Path, sockets: Iterable[str]) -> list[str]:
     """Temporary files, sockets and half-written factors."""
     found = [f"a temporary file is left: {path.name}" for path in temporary.iterdir()]
-    found += [f"half-written: cache/{path.name}" for path in (data / "cache").glob(".*")]
+    found += [f"half-written: cache/{path.name}" for path in (data / "cache").rglob(".*")]
     for path in folder.rglob("*"):
         if stat.S_ISSOCK(path.lstat().st_mode) and path.name not in sockets:
             found.append(f"a socket is left: {path.name}")
@@ -210,7 +210,7 @@ class Checks:
         world = self._world
         jobs = {job.id for job in world.jobs}
         folders = [folder for folder in (world.data / "artifacts" / "jobs").iterdir() if folder.name not in jobs]
-        for path in [*folders, *(world.data / "cache").glob(".*")]:
+        for path in [*folders, *(world.data / "cache").rglob(".*")]:
             os.utime(path, (time.time() - DAY_SECONDS,) * 2)
         world.api.signal(signal.SIGTERM)
         world.api.wait(30)

@@ -101,7 +101,8 @@ class Rig:
             (out / "report.json").write_text(report.model_dump_json())
             store.publish(job_id, attempt, out)
         queue.succeed(job_id, attempt, report.brief())
-        return job_id, store.open_path(store.find(job_id, attempt, "model/model.safetensors"))
+        with store.open(store.find(job_id, attempt, "model/model.safetensors")) as artifact:
+            return job_id, Path(artifact.name)
 
     def _start_bare(self, redis_url: str, artifact: Path, stack: ExitStack) -> str:
         process = subprocess.Popen(
