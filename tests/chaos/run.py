@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from tests.chaos.faults import FAULTS, Blow, Impossible
+from tests.chaos.blow import Blow, Impossible
+from tests.chaos.faults import FAULTS
 from tests.chaos.invariants import Checks
 from tests.chaos.world import END_SECONDS, TERMINAL, World
 from tests.live import wait_until
