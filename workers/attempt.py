@@ -51,6 +51,7 @@ def run_attempt(
             report = adapt(spec, model, out, cache=settings.cache, on_progress=progress)
             published = sum(file.bytes for file in store.publish(job_id, attempt, out))
         _insist(lambda: queue.succeed(job_id, attempt, report.brief(), published))
+        logger.info("the job succeeded", improved=report.improved)
     except (Conflict, JobNotFound) as error:
         logger.info("publishing nothing", reason=error.message)
         store.withdraw(job_id, attempt)
@@ -62,6 +63,7 @@ def run_attempt(
             logger.exception("the attempt failed")
         with contextlib.suppress(Conflict, JobNotFound):
             _insist(lambda: queue.fail(job_id, attempt, ours))
+            logger.info("the job failed", code=ours.code, reason=ours.message)
 
 
 def _progress_writer(queue: JobQueue, job_id: str, attempt: int) -> OnProgress:

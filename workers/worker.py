@@ -229,7 +229,7 @@ class Worker(rq.Worker):
                 time.sleep(0.5)
             else:
                 break
-        logger.info("the attempt ended", how=describe_exit(code))
+        logger.info("the attempt ended", how=describe_exit(code), why=str(self._ended_for or "") or None)
 
     def _record_end(self, job_id: str, attempt: int, code: int, watch: Watch) -> None:
         status = self._queue.attempt_status(job_id, attempt)
