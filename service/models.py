@@ -24,7 +24,7 @@ from service.model_configs import (
     read_config,
     read_tokenizer_config,
 )
-from service.model_files import Fingerprint, fingerprint, read_bytes, shown, unusable
+from service.model_files import MAX_JSON_BYTES, Fingerprint, fingerprint, read_bytes, shown, unusable
 from service.tokenizer_files import mask_token
 from service.weights import read_weights
 
@@ -110,7 +110,7 @@ def _read(root: Path, model_id: str, files: Fingerprint) -> Model:
     tokenizer_config = read_tokenizer_config(folder)
     weights = read_weights(folder)
     check_sizes(config, weights.tensors)
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    digest = hashlib.sha256(read_bytes(folder / "config.json", MAX_JSON_BYTES))
     for name, header in weights.headers.items():
         digest.update(name.encode())
         digest.update(header)

@@ -425,6 +425,22 @@ def test_what_transformers_cannot_load_is_named_in_words(folder: Path, what: str
     presentable(caught.value, folder)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", [UP, "model.norm.weight"])
+def test_a_weight_that_is_no_number_is_named(folder: Path, tmp_path: Path, name: str, value: float) -> None:
+    weights(lambda held: held[name].view(-1)[3:4].fill_(value))(folder)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UnusableModel, match=f"^{name} holds NaN or infinite weights"):
+        adapt(
+            JobSpec.parse(spec()),
+            resolve(folder.parent, folder.name),
+            tmp_path / "out",
+            cache=tmp_path,
+            on_progress=lambda *_: None,
+        )
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_a_tokenizer_with_more_tokens_than_rows_is_refused(folder: Path, tiny_models: Callable[..., Path]) -> None:
     def cut(held: dict[str, Any]) -> None:
         held["model.embed_tokens.weight"] = held["model.embed_tokens.weight"][:300].contiguous()
