@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Collection
 
 from service.queue import LEASE_SECONDS
 from tests.chaos.blow import Blow, attempts, ended, pick_at_work, pick_busy
@@ -19,7 +20,7 @@ from tests.chaos.world import GRACE_SECONDS, Part, World
 def kill_child(world: World, rng: random.Random) -> Blow:
     """SIGKILL of a job's process."""
     job_id, pid = pick_at_work(world, rng)
-    blow = Blow(time.time(), attempts(world, [job_id]))
+    blow = _blow(world, [job_id])
     _kill(pid)
     return blow
 
@@ -46,7 +47,7 @@ def kill_child_thrice(world: World, rng: random.Random) -> Blow:
 def kill_worker(world: World, rng: random.Random) -> Blow:
     """SIGKILL of a worker that has a job."""
     worker, jobs = pick_busy(world, rng)
-    blow = Blow(time.time(), attempts(world, jobs))
+    blow = _blow(world, jobs)
     worker.kill()
     world.revive()
     return blow
@@ -71,7 +72,7 @@ def kill_redis(world: World, _: random.Random) -> Blow:
 def kill_worker_and_redis(world: World, rng: random.Random) -> Blow:
     """SIGKILL of a worker that has a job, and of Redis at the same moment."""
     worker, jobs = pick_busy(world, rng)
-    blow = Blow(time.time(), attempts(world, jobs))
+    blow = _blow(world, jobs)
     for part in rng.sample([worker, world.redis], 2):
         part.kill()
     world.revive()
@@ -95,7 +96,7 @@ def power_cut(world: World, _: random.Random) -> Blow:
 def stop_worker(world: World, rng: random.Random) -> Blow:
     """SIGTERM of a worker that has a job, which it finishes or hands back."""
     worker, jobs = pick_busy(world, rng)
-    blow = Blow(time.time(), attempts(world, jobs))
+    blow = _blow(world, jobs)
     blow.problems += _stop(worker)
     world.revive()
     return blow
@@ -119,15 +120,15 @@ def stop_everything(world: World, rng: random.Random) -> Blow:
 def freeze_worker(world: World, rng: random.Random) -> Blow:
     """SIGSTOP of a worker for longer than its lease: another one takes its job, and it must not."""
     worker, jobs = pick_busy(world, rng)
-    blow = Blow(time.time(), attempts(world, jobs))
+    blow = _blow(world, jobs)
     _freeze(worker, LEASE_SECONDS + rng.uniform(4, 12))
     return blow
 
 
 def freeze_worker_briefly(world: World, rng: random.Random) -> Blow:
     """SIGSTOP of a worker for less than its lease: its job goes on."""
-    worker, jobs = pick_busy(world, rng)
-    blow = Blow(time.time(), spared=attempts(world, jobs))
+    worker, _ = pick_busy(world, rng)
+    blow = Blow(time.time(), spared=attempts(world, world.at_work()))
     _freeze(worker, rng.uniform(2, LEASE_SECONDS / 2))
     return blow
 
@@ -149,6 +150,11 @@ def lose_redis(world: World, rng: random.Random) -> Blow:
 
 
 # --- how ---------------------------------------------------------------------------------------------------------
+
+
+def _blow(world: World, hit: Collection[str]) -> Blow:
+    """To the processes of some jobs; the others at work go on."""
+    return Blow(time.time(), attempts(world, hit), attempts(world, world.at_work().keys() - set(hit)))
 
 
 def _kill(pid: int) -> None:

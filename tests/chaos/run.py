@@ -23,6 +23,8 @@ from tests.live import wait_until
 
 # What the service promises after a kill.
 BOUND_SECONDS = 30.0
+# Worlds that run.
+OPEN: list[World] = []
 
 
 @dataclass
@@ -143,10 +145,12 @@ def run(rounds: int, seed: int, parallel: int, kinds: Sequence[str], tell: Calla
 
         def one(index: int) -> list[Round]:
             world = World(Path(folder) / str(index), model)
+            OPEN.append(world)
             try:
                 world.start()
                 return run_rounds(world, dealt[index::parallel], seed, tell)
             finally:
+                OPEN.remove(world)
                 world.close()
 
         with ThreadPoolExecutor(parallel) as pool:
