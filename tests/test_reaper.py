@@ -59,3 +59,18 @@ def test_no_lease_that_lapsed_while_redis_was_away_costs_a_job_its_attempt(
 
     wait_until(queued, 10, "a job whose worker does not come back is given back after all")
     queue.redis.close()
+
+
+def test_what_seems_lost_is_looked_at_again_before_the_next_round(
+    redis: EmbeddedRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.reaper.LOOK_SECONDS", 60.0)
+    queue = JobQueue(connect(redis.url), timedelta(days=1))
+    job_id = queue.create(new_job_id(), JobSpec.parse(spec())).id
+    queue.start(job_id)
+    queue.redis.delete(f"c2i:job:{job_id}:lease:1")
+    reaper = Reaper(queue, ArtifactStore(tmp_path / "store"), timedelta(days=1))
+    reaper.start()
+    wait_until(lambda: queue.status(job_id) is JobStatus.QUEUED, 10, "the job is given back")
+    reaper.stop()
+    queue.redis.close()
