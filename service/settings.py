@@ -19,7 +19,7 @@ KEYED_REQUESTS_PER_SECOND = 100.0
 class Settings(BaseSettings):
     """One frozen object, made at a process's start and handed down."""
 
-    model_config = SettingsConfigDict(env_prefix="C2I_", frozen=True, validate_by_name=True)
+    model_config = SettingsConfigDict(env_prefix="C2I_", env_ignore_empty=True, frozen=True, validate_by_name=True)
 
     data: Path = Path("data")
     """Models, artifacts, caches and the embedded Redis live below."""
@@ -105,11 +105,6 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute(cls, data: Path) -> Path:
         return data.expanduser().absolute()
-
-    @field_validator("redis_url")
-    @classmethod
-    def _empty_is_none(cls, url: str | None) -> str | None:
-        return url or None
 
 
 def is_loopback(host: str) -> bool:

@@ -77,6 +77,15 @@ def test_no_limit_holds_where_no_keys_are_in_force_and_none_was_set() -> None:
         rates.take("")
 
 
+def test_a_setting_that_is_empty_is_one_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in compose files, that pass on what may be set."""
+    for name in ("C2I_MAX_WAITING_JOBS", "C2I_MAX_RUNNING_JOBS", "C2I_MAX_REQUESTS_PER_SECOND", "REDIS_URL"):
+        monkeypatch.setenv(name, "")
+    settings = Settings.load()
+    assert (settings.max_waiting_jobs, settings.max_running_jobs, settings.redis_url) == (10_000, None, None)
+    assert settings.rate_in_force == 0
+
+
 def test_a_caller_that_waits_as_told_is_served() -> None:
     rates = Rates(1000)
     with pytest.raises(TooManyRequests) as caught:
