@@ -3,14 +3,16 @@ memory. First what is refused before any work, then what only a loader can see."
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -387,6 +389,18 @@ def weights(change: Callable[[dict[str, Any]], object]) -> Spoil:
     return spoil
 
 
+@pytest.fixture
+def transformers_log() -> Iterator[io.StringIO]:
+    """What transformers logs meanwhile."""
+    text = io.StringIO()
+    handler = logging.StreamHandler(text)
+    logger = logging.getLogger("transformers")
+    logger.setLevel(logging.WARNING)  # its default
+    logger.addHandler(handler)
+    yield text
+    logger.removeHandler(handler)
+
+
 UP = "model.layers.1.mlp.up_proj.weight"
 UNLOADABLE: dict[str, tuple[Spoil, str]] = {
     "a weight of another shape": (
@@ -417,12 +431,15 @@ UNLOADABLE: dict[str, tuple[Spoil, str]] = {
 
 
 @pytest.mark.parametrize("what", UNLOADABLE)
-def test_what_transformers_cannot_load_is_named_in_words(folder: Path, what: str) -> None:
+def test_what_transformers_cannot_load_is_named_in_words(
+    folder: Path, what: str, transformers_log: io.StringIO
+) -> None:
     spoil, words = UNLOADABLE[what]
     spoil(folder)
     with pytest.raises(UnusableModel, match=words) as caught:
         load(folder)
     presentable(caught.value, folder)
+    assert str(folder.parent.parent) not in transformers_log.getvalue()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

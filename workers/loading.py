@@ -95,6 +95,7 @@ def load_model(folder: Path) -> nn.Module:
         UnusableModel: if transformers cannot load it, or its weights are not those of its architecture.
     """
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # it warns of what is refused below, with the folder's path
     masked = is_masked(read_config(folder))
     auto_model: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     tensors = read_weights(folder).tensors
