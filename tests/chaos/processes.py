@@ -110,6 +110,8 @@ def stop_everything(world: World, rng: random.Random) -> Blow:
         part.signal(signal.SIGTERM)
     for part in [*parts, world.redis]:
         blow.problems += _stop(part)
+    # Who stops a service starts it again in his own time: recovery is counted from there.
+    blow.at = time.time()
     world.revive()
     return blow
 
