@@ -91,7 +91,7 @@ def list_files(caller: Reader, service: TheService, job_id: JobId) -> FileList:
     return FileList(data=[FileOut(**file.model_dump(), url=f"/v1/jobs/{job_id}/files/{file.path}") for file in files])
 
 
-@router.get("/files/{path:path}", response_class=Download, responses=ERRORS)
+@router.get("/files/{path:path}", response_class=FileResponse, responses=ERRORS)
 @router.head("/files/{path:path}", include_in_schema=False)
 def get_file(
     caller: Reader, service: TheService, job_id: JobId, path: str, if_none_match: IfNoneMatch = None
