@@ -99,7 +99,7 @@ class ArtifactStore:
 
     def check_room(self, needed: int) -> None:
         """Raises Unavailable where the disk has no room for so many bytes."""
-        free = shutil.disk_usage(self._work).free
+        free, _ = self.disk_bytes()
         if free < needed:
             raise Unavailable(
                 f"the server's disk has {free / 1e9:.1f} GB left and the job needs {needed / 1e9:.1f} GB; try again "

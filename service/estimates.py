@@ -3,7 +3,7 @@
 The arithmetic of an adaptation is known: a forward costs 2 operations for each weight of the blocks and each token,
 a backward to the activations as many, the effects of one pass 4 r for each token and matrix of rank r. What
 the tokens are, the examples say; how many operations a second a worker does, it has measured itself. The constants
-below are how much of the rest there is beside the arithmetic; `tests/test_estimates.py` holds the sum within a factor
+below are how much of the rest there is beside the arithmetic; `tests/test_smollm2.py` holds the sum within a factor
 of two of what a job on a real model took.
 """
 

@@ -40,30 +40,37 @@ def check_event_id(event_id: str, param: str = "after") -> None:
 
 
 def job_key(job_id: str) -> str:
+    """The hash of a job's record."""
     return f"c2i:job:{job_id}"
 
 
 def running_key(owner: str) -> str:
+    """The set of an owner's jobs that a worker has."""
     return f"c2i:running:{owner}"
 
 
 def events_key(job_id: str) -> str:
+    """The stream of what happened to a job."""
     return f"c2i:job:{job_id}:events"
 
 
 def lease_key(job_id: str, attempt: int) -> str:
+    """What a worker renews for as long as it has the attempt."""
     return f"c2i:job:{job_id}:lease:{attempt}"
 
 
 def delivery_id(record: Record) -> str:
+    """Of the newest delivery of a job: a later one never touches what rq keeps of an earlier."""
     return f"{record['id']}-{record['deliveries']}"
 
 
 def decode(fields: dict[bytes, bytes]) -> Record:
+    """A record as Redis returns it; empty where there is none."""
     return {name.decode(): value.decode() for name, value in fields.items()}
 
 
 def to_job(record: Record, queue_position: int | None = None) -> Job:
+    """The job that a client sees."""
     progress = json.loads(record["progress"]) | {"queue_position": queue_position}
     return Job.model_validate(
         {
@@ -85,6 +92,7 @@ def to_job(record: Record, queue_position: int | None = None) -> Job:
 
 
 def check_attempt(record: Record, attempt: int, expected: JobStatus) -> None:
+    """Raises Conflict where another attempt has begun or the job is in another state."""
     if int(record["attempt"]) != attempt or record["status"] != expected:
         raise Conflict(
             f"attempt {attempt} is out of date: the job is {record['status']} in attempt {record['attempt']}"
@@ -92,11 +100,13 @@ def check_attempt(record: Record, attempt: int, expected: JobStatus) -> None:
 
 
 def check_found(record: Record, job_id: str, owner: str | None) -> None:
+    """Raises JobNotFound where there is no record, or it is not this owner's; None owns all."""
     if not record or owner not in (None, record.get("owner")):
         raise not_found(job_id)
 
 
 def not_found(job_id: str) -> JobNotFound:
+    """The same error for what is gone and for what belongs to another."""
     return JobNotFound(f"no job {job_id[:64]}; finished jobs are kept for a time and then forgotten")
 
 
@@ -106,4 +116,5 @@ def since(record: Record, field: str) -> float:
 
 
 def now() -> str:
+    """The time as records and events tell it."""
     return datetime.now(UTC).isoformat()

@@ -33,6 +33,21 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     return model
 
 
+@pytest.fixture
+def folder(tiny_models: Callable[..., Path], tmp_path: Path) -> Path:
+    """A data folder with `tiny-llama` installed."""
+    live.install(tiny_models("llama"), tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[EmbeddedRedis]:
+    """A Redis of the test's own."""
+    started = live.redis(folder)
+    yield started
+    started.stop()
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The folder of a real model, in the project's own data folder: downloaded once, then there."""

@@ -17,20 +17,7 @@ from service.jobs import JobSpec
 from service.keys import KeyStore, Scope
 from service.limits import Rates, Submissions
 from service.settings import Settings
-from tests.live import Api, install, redis, spec, wait_until
-
-
-@pytest.fixture
-def folder(tiny_models: Callable[..., Path], tmp_path: Path) -> Path:
-    install(tiny_models("llama"), tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def server(folder: Path) -> Iterator[EmbeddedRedis]:
-    started = redis(folder)
-    yield started
-    started.stop()
+from tests.live import Api, install, spec, wait_until
 
 
 @contextmanager

@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from service.embedded import EmbeddedRedis
 from service.keys import Scope
 from tests.fuzz.__main__ import schemathesis
 from tests.fuzz.bodies import bodies
-from tests.live import Api, install, redis, spec
-
-
-@pytest.fixture
-def data(tiny_models: Callable[..., Path], tmp_path: Path) -> Path:
-    install(tiny_models("llama"), tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def url(data: Path) -> Iterator[str]:
-    server = redis(data)
-    yield server.url
-    server.stop()
+from tests.live import Api, spec
 
 
 @pytest.mark.parametrize("in_force", [False, True])
-def test_no_operation_answers_what_its_document_does_not_name(in_force: bool, data: Path, url: str) -> None:
-    api = Api(data, url, require_keys=in_force, max_requests_per_second=0)
+def test_no_operation_answers_what_its_document_does_not_name(
+    in_force: bool, folder: Path, server: EmbeddedRedis
+) -> None:
+    api = Api(folder, server.url, require_keys=in_force, max_requests_per_second=0)
     try:
         key, _ = api.service.keys.create("all", frozenset(Scope))
         headers = {"Authorization": f"Bearer {key}"} if in_force else {}
         jobs = [api.http.post("/v1/jobs", json=spec(), headers=headers).json()["id"] for _ in range(8)]
-        done = schemathesis(api.url, key if in_force else None, 2, 0, data, jobs)
+        done = schemathesis(api.url, key if in_force else None, 2, 0, folder, jobs)
         assert done.returncode == 0, done.stdout[-3000:]
     finally:
         api.stop()

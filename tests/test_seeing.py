@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -23,24 +23,11 @@ from service.embedded import EmbeddedRedis, socket_path
 from service.errors import InvalidInput
 from service.logs import describe
 from service.metrics import COUNTED
-from tests.live import REPOSITORY, Api, ServeProcess, WorkerProcess, install, redis, spec, wait_until
+from tests.live import REPOSITORY, Api, ServeProcess, WorkerProcess, spec, wait_until
 
 SECRET = "the-secret-of-the-example"
 DOCUMENTED = re.compile(r"^\| `(c2i_\w+)` \| (\w+) \|([^|]*)\|", re.MULTILINE)
 USED = re.compile(r"\bc2i_\w+")
-
-
-@pytest.fixture
-def folder(tiny_models: Callable[..., Path], tmp_path: Path) -> Path:
-    install(tiny_models("llama"), tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def server(folder: Path) -> Iterator[EmbeddedRedis]:
-    started = redis(folder)
-    yield started
-    started.stop()
 
 
 @pytest.fixture
