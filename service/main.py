@@ -24,7 +24,7 @@ from service.logs import named
 from service.metrics import Metrics
 from service.queue import JobQueue
 from service.reaper import Reaper
-from service.routes import events, files, health, jobs, models
+from service.routes import events, files, health, jobs, models, page
 from service.routes.authentication import document_keys
 from service.routes.dependencies import Service, translate
 from service.settings import Settings
@@ -78,9 +78,12 @@ def create_app(settings: Settings, redis_url: str, poster: Poster | None = None)
         version="0.1.0",
         summary="Send a model's ID and a handful of examples; get back a model that does the task better.",
         lifespan=lifespan,
+        # FastAPI's own pages take their scripts from elsewhere; `service.routes.page` has one that does not.
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.service = service
-    for router in (jobs.router, events.router, files.router, models.router, health.router):
+    for router in (jobs.router, events.router, files.router, models.router, health.router, page.router):
         app.include_router(router)
     for kind in (C2IError, RequestValidationError, HTTPException, RedisError, OSError):
         app.add_exception_handler(kind, _respond)

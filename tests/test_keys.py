@@ -27,6 +27,7 @@ from service.jobs import JobSpec
 from service.keys import KEYS, Key, KeyStore, Scope
 from service.queue import OWNED, JobQueue
 from service.records import new_job_id
+from service.routes.page import page_files
 from service.settings import Settings
 from tests.live import REPOSITORY, Api, ServeProcess, WorkerProcess, spec
 
@@ -54,8 +55,13 @@ NEEDS = {
     ("GET", "/v1/workers"): ADMIN,
     ("GET", "/metrics"): ADMIN,
 }
-DOCUMENTATION = ("/docs", "/docs/oauth2-redirect", "/openapi.json", "/redoc")
-OPEN = {("GET", "/healthz"), ("GET", "/readyz"), *((m, path) for m in ("GET", "HEAD") for path in DOCUMENTATION)}
+PAGE = ("/openapi.json", *page_files())
+OPEN = {
+    ("GET", "/healthz"),
+    ("GET", "/readyz"),
+    ("GET", "/v1/service"),
+    *((method, path) for method in ("GET", "HEAD") for path in PAGE),
+}
 GUARDED = sorted(NEEDS)
 OF_A_JOB = sorted(route for route in NEEDS if "{job_id}" in route[1])
 PARAMETERS = {"path:path": "report.json"}
