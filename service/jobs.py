@@ -28,7 +28,7 @@ MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9][A-Za-z0-9_.
 
 
 class Objective(StrEnum):
-    """The loss whose gradient is taken (METHOD 2). Of an example without choices it is always the likelihood."""
+    """The loss whose gradient is taken. Of an example without choices it is always the likelihood."""
 
     BOTH = "both"
     """Negative log-likelihood of the completion plus cross-entropy over the choices."""
@@ -89,8 +89,11 @@ class Example(Strict):
     model the prompt holds the mask token once, where the completion belongs."""
 
     prompt: Text
+    """The text that the model continues, to the letter: a blank at its end counts."""
     completion: Text
+    """The right continuation, with the blank that it begins with."""
     choices: Annotated[list[Text], Field(max_length=MAX_CHOICES)] | None = None
+    """All options, the completion among them; null for an open answer."""
 
 
 Examples = Annotated[list[Example], Field(max_length=MAX_EXAMPLES)]
@@ -106,18 +109,29 @@ class JobSpec(Strict):
     """
 
     model: Annotated[str, StringConstraints(strict=True)]
+    """The ID of an installed model."""
     examples: Examples
+    """At least eight; no prompt twice with different completions, over all three lists."""
     validation: Examples | None = None
+    """Your own selection split."""
     test: Examples | None = None
+    """Your own test split."""
     strategy: Strategy = Strategy.COMPONENTS
+    """Which structures may be removed."""
     strategy_options: StrategyOptions | None = None
     """Those of `strategy`; null for its defaults."""
     passes: Annotated[int, Field(strict=True, ge=1, le=8)] = 1
+    """Rounds of backward, ranking and search; the first that gains nothing is the last."""
     objective: Objective = Objective.BOTH
+    """The loss."""
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0
+    """Of the splits; the same seed gives the same plan."""
     max_drift: Annotated[float, Field(strict=True, gt=0)] | None = None
+    """Most that predictions on neutral text may move, in nats a token; null for no bound."""
     prompt_format: PromptFormat = PromptFormat.TEXT
+    """Raw text, or a chat's turn."""
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = Field(default_factory=dict)
+    """Up to 16 strings of your own, which the job shows."""
     webhook: Webhook | None = None
     """Who is told of the job's end; refused where the service has webhooks off."""
 

@@ -1,0 +1,34 @@
+"""Commands for each route, which docs/api.md shows and tests/test_docs.py runs. `# 202` is the status they must get."""
+
+from __future__ import annotations
+
+from typing import Final
+
+URL: Final = "http://127.0.0.1:8000"
+JSON: Final = "-H 'Content-Type: application/json'"
+
+CURLS: Final[dict[tuple[str, str], str]] = {
+    ("POST", "/v1/jobs"): f"""\
+curl -s {URL}/v1/jobs {JSON} -H 'Idempotency-Key: my-first-job' -d @job.json  # 202
+curl -s '{URL}/v1/jobs?dry_run=true' {JSON} -d @job.json  # 200""",
+    ("GET", "/v1/jobs"): f"curl -s '{URL}/v1/jobs?limit=5'  # 200",
+    ("GET", "/v1/jobs/{job_id}"): f"curl -s '{URL}/v1/jobs/JOB?wait=30'  # 200",
+    ("POST", "/v1/jobs/{job_id}/cancel"): f"curl -s -X POST {URL}/v1/jobs/JOB/cancel  # 200",
+    ("DELETE", "/v1/jobs/{job_id}"): f"curl -s -X DELETE {URL}/v1/jobs/JOB  # 204",
+    ("GET", "/v1/jobs/{job_id}/events"): f"""\
+curl -s {URL}/v1/jobs/JOB/events  # 200
+curl -sN {URL}/v1/jobs/JOB/events -H 'Accept: text/event-stream'  # 200""",
+    ("GET", "/v1/jobs/{job_id}/report"): f"curl -s {URL}/v1/jobs/JOB/report  # 200",
+    ("GET", "/v1/jobs/{job_id}/files"): f"curl -s {URL}/v1/jobs/JOB/files  # 200",
+    ("GET", "/v1/jobs/{job_id}/files/{path}"): f"""\
+curl -sO {URL}/v1/jobs/JOB/files/adapter/adapter_model.safetensors  # 200
+curl -s -C 100 -o rest.bin {URL}/v1/jobs/JOB/files/adapter/adapter_model.safetensors  # 206""",
+    ("GET", "/v1/jobs/{job_id}/adapter.zip"): f"curl -sO {URL}/v1/jobs/JOB/adapter.zip  # 200",
+    ("GET", "/v1/jobs/{job_id}/model.zip"): f"curl -sO {URL}/v1/jobs/JOB/model.zip  # 200",
+    ("GET", "/v1/service"): f"curl -s {URL}/v1/service  # 200",
+    ("GET", "/v1/models"): f"curl -s {URL}/v1/models  # 200",
+    ("GET", "/healthz"): f"curl -s {URL}/healthz  # 200",
+    ("GET", "/readyz"): f"curl -s {URL}/readyz  # 200",
+    ("GET", "/v1/workers"): f"curl -s {URL}/v1/workers  # 200",
+    ("GET", "/metrics"): f"curl -s {URL}/metrics  # 200",
+}
