@@ -25,6 +25,9 @@ class Metrics(Scores):
     """`Scores` with what shows a collapse to one label. `confusion[gold][predicted]` counts, over the choices."""
 
     n: int
+    accuracy_interval: tuple[float, float] | None
+    """95 % (Wilson), as `exact_match_interval` is."""
+    exact_match_interval: tuple[float, float]
     balanced_accuracy: float | None
     majority_rate: float
     confusion: dict[str, dict[str, int]] | None
@@ -70,6 +73,30 @@ class PassReport(Strict):
     those after it too."""
     still_falling: bool
     seconds: float
+
+
+class ChangedExample(Strict):
+    """A test example that the adapted model answers otherwise than the base. Texts are cut where they are long."""
+
+    prompt: str
+    completion: str
+    choices: list[str] | None
+    """Null where there are none, or too many to show."""
+    base_answer: str
+    """The likeliest choice; where there are no choices, how greedy decoding goes on."""
+    adapted_answer: str
+    base_correct: bool
+    adapted_correct: bool
+
+
+class TargetModule(Strict):
+    """A weight that components may be removed from: `kind` is its name within its block, `self_attn.q_proj`."""
+
+    module: str
+    layer: int
+    kind: str
+    components: int
+    """How many it has in all. A component of a row block counts as one."""
 
 
 class PlanEntry(Strict):
@@ -159,7 +186,15 @@ class Report(JobResult):
     """The bound that was asked for."""
     passes: list[PassReport]
     outlook: Outlook
+    gained: int
+    """Examples of the test split that the adapted model alone gets right: the likeliest choice, or exact match."""
+    lost: int
+    """Those that the base alone gets right."""
+    changed: list[ChangedExample]
+    """At most ten of those, of both kinds; then of those that both get wrong, each in its own way."""
     plan: list[PlanEntry]
+    modules: list[TargetModule]
+    """Every one that could be touched, in the model's order."""
     skipped_modules: list[SkippedModule]
     verification: Verification
     rounding_loss: float | None

@@ -115,7 +115,15 @@ def tell(secret: str) -> None:
 def make_report(spec: JobSpec) -> Report:
     """A report that says little and is valid."""
     metrics = Metrics(
-        accuracy=0.5, exact_match=0.5, loss=1.0, n=4, balanced_accuracy=0.5, majority_rate=0.5, confusion=None
+        accuracy=0.5,
+        accuracy_interval=(0.15, 0.85),
+        exact_match=0.5,
+        exact_match_interval=(0.15, 0.85),
+        loss=1.0,
+        n=4,
+        balanced_accuracy=0.5,
+        majority_rate=0.5,
+        confusion=None,
     )
     difference = Difference(metric="accuracy", value=0.0, low=-0.1, high=0.1, p=1.0)
     return Report(
@@ -148,7 +156,11 @@ def make_report(spec: JobSpec) -> Report:
         max_drift=None,
         passes=[],
         outlook=Outlook(still_falling=False, next_pass_seconds=0.0, message=""),
+        gained=0,
+        lost=0,
+        changed=[],
         plan=[],
+        modules=[],
         skipped_modules=[],
         verification=Verification(adapter=0.0, model=0.0),
         rounding_loss=None,

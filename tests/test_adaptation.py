@@ -91,6 +91,11 @@ def check(run: Run) -> Report:
     assert (report.first_pass_drift is None) == (report.after_first_pass is None)
     assert report.drift.tokens > 200
     assert report.drift == report.brief().drift
+    check_changed(report)
+    assert sum(module.components for module in report.modules) == report.model.components
+    assert len({module.module for module in report.modules}) == report.model.target_modules
+    assert {entry.module for entry in report.plan} <= {module.module for module in report.modules}
+    assert all(f".{m.layer}.{m.kind}" in m.module for m in report.modules)
     if not report.improved:
         assert report.adapted == report.base
         assert "The base model is returned." in report.verdict
@@ -98,6 +103,24 @@ def check(run: Run) -> Report:
         assert entry.components == sorted(set(entry.components))
         assert 0 < entry.relative_norm <= 1 + 1e-6
     return report
+
+
+def check_changed(report: Report) -> None:
+    """The examples that are shown are of those that the figures count."""
+    gained = sum(example.adapted_correct and not example.base_correct for example in report.changed)
+    lost = sum(example.base_correct and not example.adapted_correct for example in report.changed)
+    assert gained == min(report.gained, max(5, 10 - report.lost))
+    assert lost == min(report.lost, max(5, 10 - report.gained))
+    assert len(report.changed) <= 10
+    assert all(example.base_answer != example.adapted_answer for example in report.changed)
+    if all(example.choices for example in report.changed):
+        for example in report.changed:
+            assert (example.base_answer == example.completion) == example.base_correct
+            assert (example.adapted_answer == example.completion) == example.adapted_correct
+    for metrics in (report.base, report.adapted):
+        low, high = metrics.exact_match_interval
+        assert low <= metrics.exact_match <= high
+        assert (metrics.accuracy is None) == (metrics.accuracy_interval is None)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +16,11 @@ from service.errors import InvalidInput, UnusableModel
 from service.jobs import Example, JobSpec, PromptFormat, Stage
 from service.masks import check_masks
 from service.models import Model, check_unchanged
-from service.reports import Report, SkippedModule, Verification
+from service.reports import ChangedExample, Report, SkippedModule, Verification
 from service.tokenizer_files import working_tokenizer
 from workers import masked
 from workers.bounds import DriftBound
+from workers.changed import changed_examples
 from workers.checkpoints import reload_check, write_adapter, write_model
 from workers.drift import NeutralText, encode_neutral, paragraphs
 from workers.evaluation import Outcome, answer_logits, evaluate, honours_tree_mask
@@ -30,7 +31,7 @@ from workers.pruning import applied
 from workers.ranking import Plan
 from workers.reporting import Findings, Tested, make_report
 from workers.rounding import applied_unrounded
-from workers.search import Subject, check_finite
+from workers.search import Search, Subject, check_finite
 from workers.spectrum import Spectrum, SpectrumCache
 from workers.splits import Splits, divide
 from workers.strategies import dictionary, make_search
@@ -97,6 +98,7 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
             tested[0].outcome, tested[last].outcome, splits.sizes, spec.seed, removed=search.plans[last].size
         )
         plan = search.plans[last] if verdict.improved else Plan()
+        changed = _changed(subject, base, splits, search, tested, last) if verdict.improved else []
         rounding_loss = _rounding_loss(subject, plan, (splits.test or splits.pool)[:ROUNDED_EXAMPLES])
 
     with progress.stage(Stage.PUBLISHING, "writing the adapter and the model"):
@@ -123,6 +125,7 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
             verification,
             rounding_loss,
             [*skipped, *unreached],
+            changed,
         ),
         progress.cost(search.clock, out),
     )
@@ -177,6 +180,20 @@ def _decompose(targets: Sequence[Target], cache: SpectrumCache, progress: Progre
 def _test(subject: Subject, test: Sequence[Encoded], plan: Plan) -> Outcome:
     with applied(subject.targets, subject.spectra, plan):
         return evaluate(subject.model, test, subject.objective, subject.layout)
+
+
+def _changed(
+    subject: Subject, base: Checkpoint, splits: Splits, search: Search, tested: Mapping[int, Tested], last: int
+) -> list[ChangedExample]:
+    """Some examples that the returned model answers otherwise than the base; cross-validated ones under the plan
+    that they were judged by."""
+    plan = search.plans[last]
+    if splits.test:
+        examples, plans = splits.test, [plan] * len(splits.test)
+    else:
+        examples = [splits.pool[row] for row in search.judged]
+        plans = [search.judging_plan(last, row) for row in search.judged]
+    return changed_examples(subject, base.tokenizer, examples, plans, tested[0].outcome, tested[last].outcome)
 
 
 def _rounding_loss(subject: Subject, plan: Plan, examples: Sequence[Encoded]) -> float | None:

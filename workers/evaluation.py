@@ -121,6 +121,11 @@ class Outcome:
     """(N,) 0 or 1, NaN for an open example."""
 
     @property
+    def right(self) -> Array:
+        """(N,) 0 or 1: the choice is correct, or for an open example the match exact."""
+        return np.where(np.isnan(self.correct), self.exact, self.correct)
+
+    @property
     def broken(self) -> int:
         """How many examples have no finite loss."""
         return int((~np.isfinite(self.loss)).sum())
@@ -215,16 +220,25 @@ def metrics(outcome: Outcome, encoded: Sequence[Encoded]) -> Metrics:
         row = confusion.setdefault(encoded[i].labels[encoded[i].gold], {})
         label = encoded[i].labels[int(outcome.predicted[i])]
         row[label] = row.get(label, 0) + 1
+    hits = [int(outcome.correct[i]) for i in closed]
     recalls = [row.get(gold, 0) / sum(row.values()) for gold, row in confusion.items()]
     return Metrics(
         n=len(encoded),
-        accuracy=float(np.mean(outcome.correct[closed])) if closed else None,
+        accuracy=float(np.mean(hits)) if closed else None,
+        accuracy_interval=_interval_of_rate(sum(hits), len(hits)) if closed else None,
         exact_match=float(outcome.exact.mean()),
+        exact_match_interval=_interval_of_rate(int(outcome.exact.sum()), len(encoded)),
         loss=float(outcome.loss.mean()),
         balanced_accuracy=float(np.mean(recalls)) if closed else None,
         majority_rate=max(golds.values()) / len(encoded),
         confusion=confusion if closed else None,
     )
+
+
+def _interval_of_rate(hits: int, n: int) -> tuple[float, float]:
+    """95 % Wilson interval of a rate: it stays within 0 and 1, and has a width where all or none are hits."""
+    found = stats.binomtest(hits, n).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
 
 
 def differences(base: Outcome, adapted: Outcome, seed: int) -> list[Difference]:

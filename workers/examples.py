@@ -32,6 +32,8 @@ class Tokenizer(ChatTokenizer, Protocol):
 
     def __call__(self, text: list[str], *, add_special_tokens: bool) -> Mapping[str, list[list[int]]]: ...
 
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -46,6 +48,8 @@ class Encoded:
     """The texts of `continuations`."""
     mask_at: int | None = None
     """Index in `prompt` of the mask token that a continuation stands for; None where it follows the prompt."""
+    text: str = ""
+    """The prompt as it was sent."""
 
     @property
     def closed(self) -> bool:
@@ -99,7 +103,7 @@ def encode(
             )
         gold = example.choices.index(example.completion) if example.choices else 0
         labels = tuple(example.choices or [example.completion])
-        one = Encoded(context_tokens, tails, gold, labels)
+        one = Encoded(context_tokens, tails, gold, labels, text=example.prompt)
         if context is not None and one.length > context:
             raise too_long(f"{name}[{i}]", one.length, context)
         encoded.append(one)

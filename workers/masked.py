@@ -59,7 +59,7 @@ def encode(
             raise InvalidInput("the tokenizer makes no token of an answer", param=f"{name}[{i}].completion")
         if len(set(tails)) < len(tails):
             raise InvalidInput("the tokenizer makes two choices the same", param=f"{name}[{i}].choices")
-        one = Encoded(tuple(prompt), tails, own.index(example.completion), own, mask_at=at)
+        one = Encoded(tuple(prompt), tails, own.index(example.completion), own, mask_at=at, text=example.prompt)
         if context is not None and one.length > context:
             raise too_long(f"{name}[{i}]", one.length, context)
         encoded.append(one)

@@ -5,17 +5,29 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from service.jobs import Drift, JobSpec, Removed
 from service.models import Model
-from service.reports import Cost, ModelInfo, Outlook, PlanEntry, Report, SkippedModule, Verification
-from workers.evaluation import Outcome, differences, metrics
+from service.reports import (
+    ChangedExample,
+    Cost,
+    ModelInfo,
+    Outlook,
+    PlanEntry,
+    Report,
+    SkippedModule,
+    TargetModule,
+    Verification,
+)
+from workers.evaluation import Outcome, changes, differences, metrics
 from workers.ranking import Plan
 from workers.search import Search, Subject
 from workers.splits import Splits
+from workers.targets import Target
 from workers.verdict import Verdict
 
 PACKAGES = ("compress-to-impress", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "scipy")
@@ -49,6 +61,7 @@ class Findings:
     verification: Verification
     rounding_loss: float | None
     skipped: list[SkippedModule]
+    changed: list[ChangedExample]
 
 
 def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Report:
@@ -59,6 +72,8 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
     first = found.first if found.first and not found.first.outcome.broken else None
     returned = found.last if found.verdict.improved else found.base
     entries = _plan_entries(found.subject, found.plan)
+    gained, lost = changes(base.right, returned.outcome.right)
+    modules = _target_modules(found.search.ranked_targets)
     parameters = sum(p.numel() for p in found.subject.model.parameters())
     return Report(
         improved=found.verdict.improved,
@@ -72,8 +87,8 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
             architecture=model.architecture,
             dtype=found.subject.dtype,
             parameters=parameters,
-            target_modules=len({target.module_name for target in found.search.ranked_targets}),
-            components=sum(min(target.shape) for target in found.search.ranked_targets),
+            target_modules=len(modules),
+            components=sum(module.components for module in modules),
         ),
         strategy=spec.strategy,
         strategy_options=spec.options,
@@ -91,7 +106,11 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
         max_drift=spec.max_drift,
         passes=found.search.passes,
         outlook=_outlook(spec, found.search),
+        gained=gained,
+        lost=lost,
+        changed=found.changed,
         plan=entries,
+        modules=modules,
         skipped_modules=found.skipped,
         verification=found.verification,
         rounding_loss=found.rounding_loss,
@@ -124,6 +143,18 @@ def _outlook(spec: JobSpec, search: Search) -> Outlook:
     else:
         message = f"The selection loss was still falling after pass {last.number}, the last that can be asked for."
     return Outlook(still_falling=falling, next_pass_seconds=seconds, message=message)
+
+
+def _target_modules(targets: Sequence[Target]) -> list[TargetModule]:
+    """Each module once, with the components of all its row blocks."""
+    sizes: dict[str, int] = {}
+    for target in targets:
+        sizes[target.module_name] = sizes.get(target.module_name, 0) + min(target.shape)
+    by_name = {target.module_name: target for target in targets}
+    return [
+        TargetModule(module=name, layer=by_name[name].layer, kind=by_name[name].kind, components=size)
+        for name, size in sizes.items()
+    ]
 
 
 def _plan_entries(subject: Subject, plan: Plan) -> list[PlanEntry]:

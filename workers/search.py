@@ -132,6 +132,8 @@ class Search:
         """The result's plan: of the base, and after each accepted pass."""
         self.outcomes: list[Outcome] = []
         """On the judged examples, in the order of `plans`."""
+        self.judging: list[list[Plan]] = [[Plan() for _ in self.tracks]]
+        """The plans that these are of, one for each track, in the order of `plans`."""
         self._recorded: dict[int, tuple[Plan, Prefixes]] = {}
         self.unreached: dict[str, str] = {}
         """Modules that no gradient reached, and why."""
@@ -148,6 +150,7 @@ class Search:
             if not report.accepted:
                 break
             self.plans.append(self.result.plan)
+            self.judging.append([track.plan for track in self.tracks])
             self.outcomes.append(outcome)
         returned = self.result_after(passes)
         for k in range(returned, len(self.plans) - 1):
@@ -161,6 +164,10 @@ class Search:
         while k and self.proposer.nested and harms(self.outcomes[0], self.outcomes[k]):
             k -= 1
         return k
+
+    def judging_plan(self, k: int, row: int) -> Plan:
+        """Which plan `outcomes[k]` judges an example of the pool by."""
+        return next(plan for track, plan in zip(self.tracks, self.judging[k], strict=True) if row in track.judge)
 
     def _one_pass(self, number: int, current: Outcome, on_step: OnStep) -> tuple[PassReport, Outcome]:
         began = self.clock.now()

@@ -30,6 +30,8 @@ class Target:
     """Whether the module stores (in, out), as `Conv1D` does."""
     layer: int = 0
     """The index of the decoder block that it lies in."""
+    kind: str = ""
+    """The module's name within its block, `mlp.up_proj`."""
     rows: RowBlock | None = None
     """The output rows that are meant; None for all."""
 
@@ -112,8 +114,8 @@ def find_targets(model: nn.Module) -> tuple[list[Target], list[SkippedModule]]:
         elif uses[id(module.weight)] > 1:
             reason = "it shares its weight with another module"
         if reason is None:
-            layer = int(name.removeprefix(f"{prefix}.").partition(".")[0])
-            targets.append(Target(name, module, isinstance(module, Conv1D), layer))
+            layer, _, kind = name.removeprefix(f"{prefix}.").partition(".")
+            targets.append(Target(name, module, isinstance(module, Conv1D), int(layer), kind))
         else:
             skipped.append(SkippedModule(module=name, reason=reason))
     if not targets:
