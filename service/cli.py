@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from service import jsonl, logs
-from service.client import WAIT_SECONDS, Client
+from service.client import Client
 from service.errors import C2IError, InternalError, InvalidInput, Unavailable
 from service.jobs import Difference, Job, JobEvent, JobStatus, Objective, PromptFormat
 from service.keys_cli import keys_app
@@ -28,6 +28,8 @@ from service.settings import Settings
 from service.strategies import Strategy, read_options
 from service.webhooks.cli import webhooks_app
 
+# A worker has ten seconds to stop its job.
+STOP_SECONDS = 30
 EXIT_FAILED = 1
 EXIT_WRONG = 2
 EXIT_UNAVAILABLE = 3
@@ -110,7 +112,7 @@ def submit(
         "max_drift": max_drift,
         **{name: lines.objects for name, lines in files.items()},
     }
-    with Client(url) as client:
+    with Client(url, expect_running=True) as client:
         try:
             job = client.submit(spec)
         except InvalidInput as error:
@@ -126,16 +128,16 @@ def submit(
 @app.command()
 def watch(job: JobArgument, as_json: AsJson = False, url: Url = DEFAULT_URL) -> None:
     """Show a job's progress until it ends."""
-    with Client(url) as client:
+    with Client(url, expect_running=True) as client:
         _end(_follow(client, job), as_json)
 
 
 @app.command()
 def cancel(job: JobArgument, as_json: AsJson = False, url: Url = DEFAULT_URL) -> None:
     """Stop a job and wait until its process is gone."""
-    with Client(url) as client:
+    with Client(url, expect_running=True) as client:
         client.cancel(job)
-        ended = client.get(job, wait=WAIT_SECONDS)
+        ended = client.wait(job, timeout=STOP_SECONDS)
     print(ended.model_dump_json() if as_json else f"{ended.id} is {ended.status.value}")
 
 
@@ -151,8 +153,8 @@ def download(
     folder = out or Path(job)
     prefixes = ("",) if model else ("adapter/", "report.json", "README.md")
     fetched = []
-    with Client(url) as client:
-        for path in client.download(job, folder, prefixes):
+    with Client(url, expect_running=True) as client:
+        for path in client.download(job, folder, only=prefixes):
             fetched.append(str(path))
             if not as_json:
                 print(path)
@@ -163,7 +165,7 @@ def download(
 @app.command()
 def report(job: JobArgument, as_json: AsJson = False, url: Url = DEFAULT_URL) -> None:
     """Show what a job gained on examples that it had not seen."""
-    with Client(url) as client:
+    with Client(url, expect_running=True) as client:
         found = client.report(job)
     if as_json:
         print(found.model_dump_json(indent=2))
@@ -176,21 +178,21 @@ def models(context: typer.Context, as_json: AsJson = False, url: Url = DEFAULT_U
     """List the installed models."""
     if context.invoked_subcommand:
         return
-    with Client(url) as client:
+    with Client(url, expect_running=True) as client:
         found = client.models()
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps([model.model_dump() for model in found]))
         return
     if not found:
         print("No models are installed. `c2i models add smollm2-135m-instruct` adds a small one.")
         return
     table = Table("model", "architecture", "parameters", "type", "context", "chat", box=None)
     for model in found:
-        if model["error"]:
-            table.add_row(model["id"], f"[red]{model['error']['message']}[/red]")
+        if model.error:
+            table.add_row(model.id, f"[red]{model.error.message}[/red]")
         else:
-            columns = (model["architecture"], f"{model['parameters']:,}", model["dtype"], str(model["context_length"]))
-            table.add_row(model["id"], *columns, "yes" if model["chat"] else "no")
+            columns = (model.architecture, f"{model.parameters:,}", model.dtype, str(model.context_length))
+            table.add_row(model.id, *columns, "yes" if model.chat else "no")
     console.print(table)
 
 
@@ -199,7 +201,7 @@ def _follow(client: Client, job_id: str) -> Job:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as bar:
         task = bar.add_task("queued", total=100)
-        for event in client.follow(job_id):
+        for event in client.events(job_id):
             if errors.is_terminal:
                 bar.update(task, description=_describe(event), completed=event.progress.percent)
             else:

@@ -13,14 +13,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pydantic import Field
-
+from service.answers import Estimate
 from service.division import FOLDS, divide
 from service.jobs import JobSpec
 from service.lengths import Tokens, count
 from service.models import Model
 from service.strategies import ComponentsOptions, LaserOptions, StrategyOptions
-from service.strict import Strict
 
 # Of a block's matrices, as every architecture names its layers: `model.layers.7.mlp.up_proj.weight`.
 IN_BLOCK = re.compile(r"\.\d+\.")
@@ -130,17 +128,6 @@ def _share(tokens: Tokens, share: float) -> Tokens:
 
 def _sum(a: Tokens, b: Tokens) -> Tokens:
     return Tokens(a.rows + b.rows, a.total + b.total, a.answers + b.answers)
-
-
-class Estimate(Strict):
-    """What a job would take, from its examples, the model's shapes and a worker's own measure of its speed."""
-
-    seconds: float = Field(description="Of a worker, from start to end; waiting in the queue is not in it.")
-    stages: dict[str, float] = Field(description="Seconds by stage.")
-    memory_bytes: int = Field(description="Most that the job's process will hold.")
-    disk_bytes: int = Field(description="Written and kept: model, adapter and, the first time, decompositions.")
-    tokens: int = Field(description="Of all splits, a shared prompt counted once.")
-    measured_speed: bool = Field(description="Whether a worker has told its speed; else a server core is assumed.")
 
 
 def estimate(

@@ -396,7 +396,7 @@ def test_who_follows_a_job_goes_on_where_the_service_has_restarted(data: Path, p
 
     def follow() -> None:
         with Client(f"http://127.0.0.1:{port}") as client:
-            for event in client.follow(job_id):
+            for event in client.events(job_id):
                 heard.append(event.message)
 
     try:
@@ -411,8 +411,8 @@ def test_who_follows_a_job_goes_on_where_the_service_has_restarted(data: Path, p
     finally:
         server.stop()
     assert heard == ["queued", "cancelled before it began"]
-    with Client(f"http://127.0.0.1:{port}") as client, pytest.raises(Unavailable):
-        next(client.follow(job_id))
+    with Client(f"http://127.0.0.1:{port}", expect_running=True) as client, pytest.raises(Unavailable):
+        next(client.events(job_id))
 
 
 def test_a_watcher_without_redis_waits_for_it(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 
 from service import idempotency
+from service.answers import ErrorDetail
 from service.artifacts import ArtifactStore, disk_is_full
 from service.errors import (
     C2IError,
@@ -74,14 +75,6 @@ IdempotencyKey = Annotated[
     ),
     AfterValidator(_check_idempotency_key),
 ]
-
-
-class ErrorDetail(BaseModel):
-    """What is wrong, for programs (`code`), for people (`message`), and where (`param`)."""
-
-    code: str
-    message: str
-    param: str | None
 
 
 class ErrorBody(BaseModel):

@@ -9,12 +9,12 @@ from typing import Annotated, Any, BinaryIO, cast
 
 from fastapi import APIRouter, Header, Response
 from fastapi.responses import FileResponse, StreamingResponse
-from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 from zipstream import ZipStream
 
+from service.answers import FileList, FileOut
 from service.errors import Conflict, InvalidInput, JobNotFound, NotFound
-from service.jobs import ArtifactFile, Job, JobStatus
+from service.jobs import Job, JobStatus
 from service.reports import Report
 from service.routes.authentication import Caller, Reader
 from service.routes.dependencies import Service, TheService, documented
@@ -63,18 +63,6 @@ class Archive(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._opened:
             await super().__call__(scope, receive, send)
-
-
-class FileOut(ArtifactFile):
-    """A published file and where to get it."""
-
-    url: str
-
-
-class FileList(BaseModel):
-    """The manifest."""
-
-    data: list[FileOut]
 
 
 @router.get("/report", response_model=Report, responses=ERRORS)

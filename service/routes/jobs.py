@@ -10,10 +10,10 @@ from typing import Annotated, Any
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from service import lengths, masks, models
+from service.answers import Estimate, JobList
 from service.decomposed import is_decomposed
 from service.errors import (
     Conflict,
@@ -25,7 +25,7 @@ from service.errors import (
     UnsupportedMediaType,
     UnusableModel,
 )
-from service.estimates import Estimate, Loads, Size, estimate
+from service.estimates import Loads, Size, estimate
 from service.idempotency import Claim
 from service.jobs import Job, JobSpec
 from service.limits import check_disk, check_model_size
@@ -73,13 +73,6 @@ async def _drain(request: Request) -> None:
 
 
 Threads = Annotated[CapacityLimiter, Depends(_admit)]
-
-
-class JobList(BaseModel):
-    """One page, newest first. `next` is the `after` of the next one, null on the last."""
-
-    data: list[Job]
-    next: str | None
 
 
 def body_schema() -> dict[str, Any]:

@@ -3,35 +3,13 @@
 from __future__ import annotations
 
 from fastapi import APIRouter
-from pydantic import BaseModel
 
+from service.answers import ErrorDetail, ModelList, ModelOut
 from service.models import Model, find_models
 from service.routes.authentication import Reader
-from service.routes.dependencies import ErrorDetail, TheService, documented
+from service.routes.dependencies import TheService, documented
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
-
-
-class ModelOut(BaseModel):
-    """An installed model; where `error` is set, a job with it would be refused for that reason."""
-
-    id: str
-    architecture: str | None = None
-    parameters: int | None = None
-    dtype: str | None = None
-    bytes: int | None = None
-    context_length: int | None = None
-    chat: bool | None = None
-    masked: bool | None = None
-    mask_token: str | None = None
-    revision: str | None = None
-    error: ErrorDetail | None = None
-
-
-class ModelList(BaseModel):
-    """All of them, by ID."""
-
-    data: list[ModelOut]
 
 
 @router.get("", responses=documented())

@@ -88,7 +88,7 @@ def run(data: Path, passes: int, seed: int) -> None:
     with serving(data) as url, Client(url) as client:
         console.print(f"`c2i serve` answers on {url}")
         spec = JobSpec(model=SMOLLM2, examples=task.examples, test=task.test, passes=passes, seed=seed)
-        job = client.submit(spec.model_dump(mode="json"))
+        job = client.submit(spec)
         console.print(f"POST {url}/v1/jobs: {job.id} is {job.status.value}")
         try:
             _run_cli("watch", job.id, "--url", url)
@@ -104,7 +104,7 @@ def run(data: Path, passes: int, seed: int) -> None:
 
         say("5. The adapter")
         folder = data / "demo" / job.id
-        for path in client.download(job.id, folder, ("adapter/", "report.json")):
+        for path in client.download(job.id, folder, only=("adapter/", "report.json")):
             console.print(f"{path} ({path.stat().st_size:,} bytes)")
 
     say("6. The adapter in a fresh process, with transformers and PEFT alone")
