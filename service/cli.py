@@ -20,7 +20,8 @@ from rich.table import Table
 
 from service import jsonl, logs
 from service.client import Client
-from service.errors import C2IError, InternalError, InvalidInput, Unavailable
+from service.commands.failures import EXIT_FAILED, fail
+from service.errors import C2IError, InvalidInput, Unavailable
 from service.jobs import Difference, Job, JobEvent, JobStatus, Objective, PromptFormat
 from service.keys_cli import keys_app
 from service.reports import Metrics, Report
@@ -30,9 +31,6 @@ from service.webhooks.cli import webhooks_app
 
 # A worker has ten seconds to stop its job.
 STOP_SECONDS = 30
-EXIT_FAILED = 1
-EXIT_WRONG = 2
-EXIT_UNAVAILABLE = 3
 
 Url = Annotated[str, typer.Option("--url", envvar="C2I_URL", help="The service.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -275,15 +273,8 @@ def main() -> None:
     _join_commands()
     try:
         app()
-    except C2IError as error:
-        where = f"{error.param}: " if error.param else ""
-        print(f"error: {where}{error.message}", file=sys.stderr)
-        if error.retryable and not isinstance(error, InternalError):
-            sys.exit(EXIT_UNAVAILABLE)
-        sys.exit(EXIT_FAILED if error.status >= 500 else EXIT_WRONG)
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_UNAVAILABLE)
+    except (C2IError, OSError) as error:
+        sys.exit(fail(error))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The commands of `c2i`, a file a subject."""
