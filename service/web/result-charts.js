@@ -178,7 +178,8 @@ export function predictions(points) {
   const actual = points.map((point) => point.actual);
   const low = Math.min(0, ...points.map((point) => Math.min(point.predicted, point.actual)));
   const high = Math.max(0, ...points.map((point) => Math.max(point.predicted, point.actual)));
-  const [down, up] = [Math.min(0, ...actual), Math.max(0, ...actual)];
+  const room = 0.06 * (Math.max(0, ...actual) - Math.min(0, ...actual));
+  const [down, up] = [Math.min(0, ...actual) - room, Math.max(0, ...actual) + room];
   const title = (point) =>
     `Pass ${point.pass}: ${point.description}\npredicted ${signed(point.predicted)}, came out ${signed(point.actual)}` +
     (point.chosen ? "\nthe one that was kept" : "");

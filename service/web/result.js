@@ -21,6 +21,11 @@ function section(title, ...children) {
   return element("section", {}, element("h2", {}, title), ...children);
 }
 
+/** One over the whole width. */
+function wideSection(title, ...children) {
+  return element("section", { class: "wide" }, element("h2", {}, title), ...children);
+}
+
 const sentence = (text, kind = null) => element("p", { class: kind }, text);
 
 function verdict(report, links) {
@@ -35,7 +40,7 @@ function verdict(report, links) {
   const downloads = Object.entries(links).map(([name, href]) => element("a", { href, download: true }, name));
   return element(
     "section",
-    { class: `verdict ${state}` },
+    { class: `wide verdict ${state}` },
     element("h2", {}, word),
     sentence(report.verdict, "lead"),
     sentence(what),
@@ -77,20 +82,21 @@ function figures(report) {
   const of = Object.fromEntries((report.differences ?? []).map((found) => [found.metric, found]));
   const row = (key, name) => {
     const found = of[key];
-    const change = found ? `${signed(found.value)} (${range(found.low, found.high, signed)})` : "–";
-    const p = found && report.improved ? pValue(found.p) : "–";
+    const change = found ? rate(found.value, [found.low, found.high], signed) : "–";
+    const p = element("span", { class: "nowrap" }, found && report.improved ? pValue(found.p) : "–");
     const before = report.base[`${key}_interval`], after = report.adapted[`${key}_interval`];
     return [name, rate(report.base[key], before), rate(report.adapted[key], after), change, p];
   };
   const rows = [...METRICS, ["loss", "Loss, nats"], ["balanced_accuracy", "Balanced accuracy"]]
     .filter(([key]) => typeof report.base[key] === "number")
     .map(([key, name]) => row(key, name));
-  return table("Base and adapted model", ["", "base", "adapted", "difference (95 % interval)", "p"], rows);
+  return table("Base and adapted model", ["", "base", "adapted", "difference", "p"], rows);
 }
 
-function rate(value, interval) {
-  if (!interval) return number(value);
-  return element("span", {}, number(value), " ", element("small", {}, range(interval[0], interval[1])));
+/** A number with its 95 % interval. */
+function rate(value, interval, format = number) {
+  if (!interval) return format(value);
+  return element("span", {}, format(value), " ", element("small", {}, range(interval[0], interval[1], format)));
 }
 
 // --- what was removed ---------------------------------------------------------------------------------------------
@@ -223,14 +229,14 @@ function changed(report) {
   const other = report.changed.filter((e) => e.base_correct === e.adapted_correct);
   if (!report.changed.length) {
     const why = report.removed.components ? "No answer changed." : "No answer changed: the base model is returned.";
-    return section("Examples that changed", sentence(why));
+    return wideSection("Examples that changed", sentence(why));
   }
   const groups = [
     [`Got right: ${count(report.gained)}`, gained, report.gained],
     [`Got wrong: ${count(report.lost)}`, lost, report.lost],
     ["Wrong before and after, in another way", other, other.length],
   ];
-  return section(
+  return wideSection(
     "Examples that changed",
     element("div", { class: "columns" }, ...groups.filter(([, some]) => some.length).map(([title, some, all]) =>
       element(
@@ -238,7 +244,7 @@ function changed(report) {
         {},
         element("h3", {}, title),
         some.length < all ? sentence(`${some.length} of them, evenly over the test examples`, "note") : null,
-        ...some.map(card),
+        element("div", { class: "cards" }, ...some.map(card)),
       ))),
   );
 }
@@ -324,7 +330,7 @@ function details(report) {
     ["loss by rounding to 16 bits", typeof report.rounding_loss === "number" ? signed(report.rounding_loss, 4) : null],
   ]);
   const skipped = report.skipped_modules.map((skip) => [skip.module, skip.reason]);
-  return section(
+  return wideSection(
     "Details",
     sentence(report.outlook.message),
     fold("Passes", table("Passes", ["pass", "loss before", "loss", "components", "p", "", "time"], passes, { hideCaption: true })),
