@@ -29,6 +29,9 @@ PUBLISHED_BYTES = "published_bytes"
 WEBHOOKS_ENDED = "webhooks_ended"
 """By whether they were delivered or given up."""
 
+TRIES_ENDED = "tries_ended"
+"""By status."""
+
 
 def add(redis: Redis, name: str, amount: float = 1, label: str = "") -> None:
     """Add to a count, in a pipeline's transaction."""

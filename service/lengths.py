@@ -82,6 +82,32 @@ def check_lengths(model: Model, spec: JobSpec) -> None:
             raise too_long(at, special + tokens, limit)
 
 
+def check_prompt(model: Model, prompt: str, answer: int) -> None:
+    """Refuse a prompt that leaves no room for so many tokens behind it; a chat template's are not counted.
+
+    Raises:
+        InvalidInput: with the prompt's tokens and the room that there is.
+    """
+    path = model.folder / "tokenizer.json"
+    limit = model.context_length
+    if limit is None or not path.is_file():
+        return
+    status = path.stat()
+    key = (path, status.st_size, status.st_mtime_ns)
+    growth = _growth(*key)
+    if growth is None or growth * len(prompt.encode()) + MARGIN_TOKENS > limit - answer:
+        check_room(_count(_tokenizer(*key), [prompt])[0], answer, limit)
+
+
+def check_room(prompt: int, answer: int, limit: int | None) -> None:
+    """Refuse a prompt of so many tokens that leaves no room for `answer` more in a context of `limit`."""
+    if limit is not None and prompt + answer > limit:
+        raise InvalidInput(
+            f"{prompt:,} tokens, and {answer} of an answer; the model's context is {limit:,}",
+            param="prompt" if answer < limit else "max_tokens",
+        )
+
+
 def check_total(model: Model, spec: JobSpec, limit: int) -> None:
     """Refuse a job of more than `limit` tokens, prompts and all answers of its lists together.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -24,10 +24,12 @@ from service.logs import named
 from service.metrics import Metrics
 from service.queue import JobQueue
 from service.reaper import Reaper
-from service.routes import events, files, health, jobs, models, page
+from service.routes import events, files, health, jobs, models, page, tries
 from service.routes.authentication import document_keys
 from service.routes.dependencies import Service, translate
 from service.settings import Settings
+from service.tries.contract import TrySpec
+from service.tries.queue import TryQueue
 from service.watching import Watcher
 from service.webhooks.posting import Poster
 from service.webhooks.sender import Sender
@@ -35,11 +37,17 @@ from service.webhooks.sender import Sender
 logger = named(__name__)
 
 
-def create_app(settings: Settings, redis_url: str, poster: Poster | None = None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    redis_url: str,
+    poster: Poster | None = None,
+    wake_answerer: Callable[[], None] = lambda: None,
+) -> FastAPI:
     """The API over one data folder and one Redis.
 
     Args:
         poster: sends webhooks, where they are on; by default to public addresses alone.
+        wake_answerer: is called, from any thread, when a try waits for its answers.
     """
     redis = connect(redis_url)
     queue = JobQueue(redis, settings.job_ttl, QueueLimits.of(settings))
@@ -55,6 +63,8 @@ def create_app(settings: Settings, redis_url: str, poster: Poster | None = None)
         Rates(settings.rate_in_force),
         Submissions(),
         Watcher(redis_url),
+        TryQueue(redis),
+        wake_answerer,
     )
 
     @asynccontextmanager
@@ -83,7 +93,7 @@ def create_app(settings: Settings, redis_url: str, poster: Poster | None = None)
         redoc_url=None,
     )
     app.state.service = service
-    for router in (jobs.router, events.router, files.router, models.router, health.router, page.router):
+    for router in (jobs.router, events.router, files.router, models.router, health.router, page.router, tries.router):
         app.include_router(router)
     for kind in (C2IError, RequestValidationError, HTTPException, RedisError, OSError):
         app.add_exception_handler(kind, _respond)
@@ -105,12 +115,13 @@ def _respond(request: Request, error: Exception) -> JSONResponse:
 
 
 def _document(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's schema and the body of `POST /v1/jobs`, which is parsed from bytes and so unknown to it."""
+    """FastAPI's schema and the bodies that are parsed from bytes and so unknown to it."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-        body = JobSpec.model_json_schema(ref_template="#/components/schemas/{model}")
-        schema["components"]["schemas"].update(body.pop("$defs"))
-        schema["components"]["schemas"]["JobSpec"] = body
+        for kind in (JobSpec, TrySpec):
+            body = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+            schema["components"]["schemas"].update(body.pop("$defs", {}))
+            schema["components"]["schemas"][kind.__name__] = body
         document_keys(schema, in_force=app.state.service.settings.keys_in_force)
         app.openapi_schema = schema
     return app.openapi_schema

@@ -34,18 +34,23 @@ def check_prompt_format(prompt_format: PromptFormat) -> None:
 
 def check_example(example: Example, mask_token: str, at: str) -> None:
     """Refuse a prompt without exactly one mask, and an answer with any; `at` is `examples[3]`, say."""
-    count = example.prompt.count(mask_token)
-    if count != 1:
-        raise InvalidInput(
-            f"it holds the mask token {count:,} times; a prompt for this model holds {mask_token} once, where the "
-            "completion belongs",
-            param=f"{at}.prompt",
-        )
+    check_prompt(example.prompt, mask_token, f"{at}.prompt")
     for j, choice in enumerate(example.choices or ()):
         if mask_token in choice:
             raise InvalidInput(f"{mask_token} is no answer; it marks where one belongs", param=f"{at}.choices[{j}]")
     if mask_token in example.completion:
         raise InvalidInput(f"{mask_token} is no answer; it marks where one belongs", param=f"{at}.completion")
+
+
+def check_prompt(prompt: str, mask_token: str, param: str) -> None:
+    """Refuse a prompt without exactly one mask; `param` is the field that it stands in."""
+    count = prompt.count(mask_token)
+    if count != 1:
+        raise InvalidInput(
+            f"it holds the mask token {count:,} times; a prompt for this model holds {mask_token} once, where the "
+            "completion belongs",
+            param=param,
+        )
 
 
 def fill(prompt: str, mask_token: str, answer: str) -> str:

@@ -27,6 +27,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _STATUSES = [status.value for status in JobStatus if status.terminal]
 _WEBHOOKS = [DeliveryStatus.DELIVERED.value, DeliveryStatus.FAILED.value]
+_TRIES = [JobStatus.SUCCEEDED.value, JobStatus.FAILED.value]
 _STAGES = [stage.value for stage in Stage]
 # Each with its label and all values of that: a total that begins at nought is one whose first increase is seen.
 COUNTED: dict[str, tuple[str, str, str | None, list[str]]] = {
@@ -40,6 +41,7 @@ COUNTED: dict[str, tuple[str, str, str | None, list[str]]] = {
     counters.STAGE_SECONDS: ("c2i_stage_seconds", "Seconds in each stage of jobs.", "stage", _STAGES),
     counters.STAGES: ("c2i_stages", "Stages of jobs left behind.", "stage", _STAGES),
     counters.PUBLISHED_BYTES: ("c2i_published_bytes", "Bytes of artifacts published.", None, []),
+    counters.TRIES_ENDED: ("c2i_tries_ended", "Tries that ended, by how.", "status", _TRIES),
     counters.WEBHOOKS_ENDED: ("c2i_webhooks_ended", "Webhooks delivered or given up.", "status", _WEBHOOKS),
 }
 

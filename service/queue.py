@@ -10,6 +10,7 @@
     c2i:job:ID:events             stream: what happened to it
     c2i:changes                   channel: the ID of a job that has changed
     c2i:probe                     written by whoever asks whether Redis can be
+    c2i:try:..., c2i:job:ID:tries  what was asked of its models: `service.tries.keys`
     c2i:job:ID:lease:ATTEMPT      a worker has it; it renews this, and the key lapses with the worker
 
 rq is transport alone: a job's ID, as JSON, in its queue. Each delivery to a worker has an ID of its own,
@@ -54,6 +55,7 @@ from service.records import (
     to_job,
 )
 from service.transactions import ENDED, Transactions
+from service.tries import keys as tries
 from service.webhooks import outbox
 
 # A worker renews its lease every two seconds. A Redis that is away for less than this costs no running job, and a job
@@ -252,6 +254,7 @@ class JobQueue(Transactions):
             pipe.zrem(ENDED, job_id)
             pipe.sadd(DELETED, job_id)
             outbox.forget(pipe, record)
+            tries.forget(pipe, job_id)
 
         self._change(job_id, change, owner)
 

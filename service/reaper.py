@@ -16,10 +16,12 @@ from datetime import timedelta
 from redis.exceptions import RedisError
 
 from service.artifacts import ArtifactStore
-from service.errors import Conflict, JobNotFound
+from service.errors import Conflict, NotFound
 from service.jobs import JobStatus
 from service.logs import named
 from service.queue import LEASE_SECONDS, JobQueue
+from service.records import JOB_ID
+from service.tries.queue import TryQueue
 
 logger = named(__name__)
 
@@ -40,6 +42,7 @@ class Reaper(threading.Thread):
     def __init__(self, queue: JobQueue, store: ArtifactStore, ttl: timedelta) -> None:
         super().__init__(name="reaper", daemon=True)
         self._queue = queue
+        self._tries = TryQueue(queue.redis)
         self._store = store
         self._ttl = ttl
         self._stopping = threading.Event()
@@ -87,17 +90,17 @@ class Reaper(threading.Thread):
             RedisError: Redis is away. Workers that are so too get time to come back with their jobs.
         """
         try:
-            lost = self._queue.find_lost()
+            lost = self._queue.find_lost() | self._tries.find_lost()
         except RedisError:
             self._doubts_until = time.monotonic() + DOUBT_SECONDS
             raise
         if time.monotonic() < self._doubts_until:
             lost = {}
-        for job_id, attempt in lost.items():
-            if self._suspects.get(job_id) == attempt:
-                logger.warning("a job was lost; giving it back", job_id=job_id, attempt=attempt)
-                with contextlib.suppress(Conflict, JobNotFound):
-                    self._queue.recover(job_id, attempt)
+        for lost_id, attempt in lost.items():
+            if self._suspects.get(lost_id) == attempt:
+                logger.warning("a job or a try was lost; giving it back", id=lost_id, attempt=attempt)
+                with contextlib.suppress(Conflict, NotFound):
+                    (self._queue if JOB_ID.fullmatch(lost_id) else self._tries).recover(lost_id, attempt)
         self._suspects = lost
 
     def clean(self) -> None:

@@ -18,8 +18,13 @@ Record = dict[str, str]
 
 
 def new_job_id() -> str:
+    """A job's ID; see `new_id`."""
+    return new_id("job")
+
+
+def new_id(kind: str) -> str:
     """Random, and sorted by the time it was made: ten digits of milliseconds in base 32, ten random ones."""
-    return "job_" + _base32(time.time_ns() // 1_000_000) + _base32(secrets.randbits(50))
+    return f"{kind}_" + _base32(time.time_ns() // 1_000_000) + _base32(secrets.randbits(50))
 
 
 def _base32(number: int) -> str:

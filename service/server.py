@@ -8,6 +8,7 @@ import resource
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
@@ -52,18 +53,25 @@ def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
             stack.callback(redis.stop)
             redis.start()
             redis_url = redis.url
-        app = create_app(settings, redis_url)
+        answerer = Answerer(settings, redis_url)
+        app = create_app(settings, redis_url, wake_answerer=answerer.wake)
         app.state.service.queue.check()
         if settings.keys_in_force:
             app.state.service.keys.check_any_usable()
-        workers = [_worker(number, settings, redis_url) for number in range(1, settings.workers + 1)]
-        ending.workers = workers
+        workers = [
+            _worker(f"worker {number}", settings, redis_url, share=settings.workers)
+            for number in range(1, settings.workers + 1)
+        ]
+        processes = [*workers, answerer.process]
+        ending.workers = processes
         # All are told to stop before any is waited for, and all are gone before Redis stops.
-        for worker in workers:
-            stack.callback(worker.stop, settings.grace_seconds + WORKER_STOP_SECONDS)
+        for process in processes:
+            stack.callback(process.stop, settings.grace_seconds + WORKER_STOP_SECONDS)
         stack.callback(ending.stop_workers)
         for worker in workers:
             worker.start()
+        if settings.tries_in_force and app.state.service.tries.waiting():
+            answerer.wake()
         host, port = listener.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         config = uvicorn.Config(
@@ -116,15 +124,33 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _worker(number: int, settings: Settings, redis_url: str) -> Child:
+def _worker(name: str, settings: Settings, redis_url: str, *options: str, share: int) -> Child:
     # Workers that each take all cores wait for each other's threads and are several times slower than with their share.
-    threads = max(1, len(os.sched_getaffinity(0)) // settings.workers)
+    threads = max(1, len(os.sched_getaffinity(0)) // share)
     return Child(
-        f"worker {number}",
-        [sys.executable, "-m", "service.cli", "worker", "--data", str(settings.data)],
+        name,
+        [sys.executable, "-m", "service.cli", "worker", "--data", str(settings.data), *options],
         # Not in the arguments, which everybody on the machine can read: the URL may hold a password.
         env={"OMP_NUM_THREADS": str(threads), **os.environ, "REDIS_URL": redis_url},
     )
+
+
+class Answerer:
+    """The process that answers tries, beside the workers, which may be at work for hours. It is started with the first
+    try: most services are never asked."""
+
+    def __init__(self, settings: Settings, redis_url: str) -> None:
+        # A share of the cores, since it works at the same time as they do.
+        self.process = _worker("answerer", settings, redis_url, "--tries", share=settings.workers + 1)
+        self._wanted = settings.workers > 0
+        self._lock = threading.Lock()
+
+    def wake(self) -> None:
+        """Start it, if it was not started yet; not where the API is served alone."""
+        with self._lock:
+            if self._wanted:
+                self.process.start()
+            self._wanted = False
 
 
 class _Ending:

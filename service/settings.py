@@ -54,6 +54,9 @@ class Settings(BaseSettings):
     """Requests are logged on INFO, what failed on WARNING and ERROR."""
     webhooks: bool = False
     """Tell of a job's end by a signed POST to the https URL that its client gives (docs/webhooks.md)."""
+    tries: bool | None = None
+    """Answer prompts with a finished job's base and adapted model, in a process of its own beside the workers. Without
+    it, where no API keys are in force: on loopback."""
     require_keys: bool = False
     """Ask for API keys on loopback too, behind a proxy say; on any other address they are always asked for."""
 
@@ -61,6 +64,11 @@ class Settings(BaseSettings):
     def keys_in_force(self) -> bool:
         """Whether a request needs an API key."""
         return self.require_keys or not is_loopback(self.host)
+
+    @property
+    def tries_in_force(self) -> bool:
+        """Whether prompts are answered."""
+        return not self.keys_in_force if self.tries is None else self.tries
 
     @property
     def rate_in_force(self) -> float:

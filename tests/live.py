@@ -96,10 +96,17 @@ class Api:
 class WorkerProcess:
     """A real worker with a stand-in for the mathematics: what it does stands in the job's metadata."""
 
-    def __init__(self, data: Path, redis_url: str, env: dict[str, str] | None = None, log: Path | None = None) -> None:
+    def __init__(
+        self,
+        data: Path,
+        redis_url: str,
+        env: dict[str, str] | None = None,
+        log: Path | None = None,
+        module: str = "tests.stand_in",
+    ) -> None:
         with log.open("wb") if log else contextlib.nullcontext() as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.stand_in", str(data)],
+                [sys.executable, "-m", module, str(data)],
                 cwd=REPOSITORY,
                 env={**os.environ, "REDIS_URL": redis_url} | (env or {}),
                 stderr=stderr,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests import tiny
@@ -201,3 +202,21 @@ def test_the_workers_parent_imports_and_never_computes() -> None:
         [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_a_job_is_tried_by_a_process_that_the_first_try_starts(server: ServeProcess, job: dict[str, Any]) -> None:
+    def answerers() -> list[psutil.Process]:
+        return [child for child in psutil.Process(server.process.pid).children() if "--tries" in child.cmdline()]
+
+    assert not answerers()
+    asked = server.http.post(f"/v1/jobs/{job['id']}/tries", json={"prompt": "Item 3: answer", "max_tokens": 3})
+    assert asked.status_code == 202
+    found = asked.json()
+    while found["status"] in ("queued", "running"):
+        found = server.http.get(asked.headers["location"], params={"wait": 30}).json()
+    assert found["status"] == "succeeded", found["error"]
+    assert found["base"]["text"]
+    assert found["adapted"]["text"]
+    assert len(answerers()) == 1
+    # It is none of those who take jobs.
+    assert server.http.get("/readyz").json()["workers"] == 1

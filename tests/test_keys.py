@@ -51,6 +51,8 @@ NEEDS = {
     ("HEAD", "/v1/jobs/{job_id}/adapter.zip"): READ,
     ("GET", "/v1/jobs/{job_id}/model.zip"): READ,
     ("HEAD", "/v1/jobs/{job_id}/model.zip"): READ,
+    ("POST", "/v1/jobs/{job_id}/tries"): SUBMIT,
+    ("GET", "/v1/jobs/{job_id}/tries/{try_id}"): READ,
     ("GET", "/v1/models"): READ,
     ("GET", "/v1/workers"): ADMIN,
     ("GET", "/metrics"): ADMIN,
@@ -64,14 +66,14 @@ OPEN = {
 }
 GUARDED = sorted(NEEDS)
 OF_A_JOB = sorted(route for route in NEEDS if "{job_id}" in route[1])
-PARAMETERS = {"path:path": "report.json"}
 
 
 class Locked:
     """An API on loopback that requires keys, with keys of every sort and a finished job of one of them."""
 
     def __init__(self, data: Path, redis_url: str) -> None:
-        self.api = Api(data, redis_url, require_keys=True)
+        self.api = Api(data, redis_url, require_keys=True, tries=True)
+        self.parameters = {"path:path": "report.json"}
         self.keys: KeyStore = self.api.service.keys
         self.owner, self.owner_key = self.keys.create("owner", EVERYTHING)
         self.other, self.other_key = self.keys.create("other", EVERYTHING)
@@ -92,7 +94,7 @@ class Locked:
 
     def ask(self, method: str, path: str, key: str | None, job_id: str, **options: Any) -> httpx.Response:
         """One request, with the placeholders of its path filled."""
-        url = re.sub(r"\{([\w:]+)\}", lambda match: PARAMETERS.get(match[1], job_id), path)
+        url = re.sub(r"\{([\w:]+)\}", lambda match: self.parameters.get(match[1], job_id), path)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         return self.api.http.request(method, url, headers=headers, **options)
 
@@ -124,6 +126,8 @@ def finished(locked: Locked) -> str:
     waited = locked.ask("GET", "/v1/jobs/{job_id}", locked.owner, job_id, params={"wait": 60}).json()
     worker.kill()
     assert waited["status"] == "succeeded", waited
+    asked = locked.ask("POST", "/v1/jobs/{job_id}/tries", locked.owner, job_id, json={"prompt": "Answer:"})
+    locked.parameters["try_id"] = asked.json()["id"]
     return job_id
 
 

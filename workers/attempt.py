@@ -20,7 +20,7 @@ from service.logs import named
 from service.queue import JobQueue
 from service.reports import Report
 from service.settings import Settings
-from workers.limits import out_of_disk, out_of_memory
+from workers.limits import Terms, out_of_disk
 from workers.memory import is_out_of_memory
 from workers.progress import OnProgress
 
@@ -102,7 +102,7 @@ def explain(error: Exception, settings: Settings) -> C2IError:
     if isinstance(error, C2IError):
         return error
     if is_out_of_memory(error):
-        return out_of_memory("the job needed more memory than its worker has")
+        return Terms().out_of_memory("the job needed more memory than its worker has")
     if error_number(error) == errno.EFBIG:  # a file grew past the limit of its process
         return out_of_disk(settings.job_disk_bytes)
     if disk_is_full(error):

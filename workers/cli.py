@@ -16,6 +16,7 @@ from workers.offline import go_offline
 
 def worker(
     data: Annotated[Path | None, typer.Option(help="Data folder, the same as the service's.")] = None,
+    tries: Annotated[bool, typer.Option("--tries", help="Answer tries, and take no jobs.")] = False,
 ) -> None:
     """Take jobs from the queue at REDIS_URL until stopped. `c2i serve` starts workers itself."""
     settings = Settings.load(data=data)
@@ -27,11 +28,16 @@ def worker(
     go_offline()
     try:
         from workers.adaptation import adapt  # noqa: PLC0415 - imports torch
-        from workers.worker import work  # noqa: PLC0415
+        from workers.answering import Answers  # noqa: PLC0415
+        from workers.worker import take, work  # noqa: PLC0415
     except (ImportError, OSError) as error:
         raise Unavailable(f"the worker's packages cannot be loaded: {error}") from error
 
-    work(settings, settings.redis_url, adapt)
+    if tries:
+        url = settings.redis_url
+        take(lambda: Answers(settings, url), settings)
+    else:
+        work(settings, settings.redis_url, adapt)
 
 
 def models_add(

@@ -13,6 +13,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from service import logs
@@ -33,15 +34,36 @@ MAX_OUTPUT_BYTES = 1_000_000
 PIPE_BYTES = 65_536
 
 
+@dataclass(frozen=True)
+class Terms:
+    """How long an attempt may run, and how its user is told that it took too much."""
+
+    what: str = "job"
+    seconds: int = 86_400
+    quicker: str = "send fewer or shorter examples, ask for fewer passes, or take a smaller model"
+    smaller: str = "send fewer or shorter examples, take a smaller model, or ask for a worker with more memory"
+
+    def timed_out(self) -> TimedOut:
+        """The error of an attempt that ran for too long."""
+        return TimedOut(
+            f"the {self.what} ran for more than {self.seconds:,} s, which is the limit here: {self.quicker}"
+        )
+
+    def out_of_memory(self, what: str) -> OutOfMemory:
+        """The error of one that needed too much memory, with what its user can do."""
+        return OutOfMemory(f"{what}: {self.smaller}")
+
+
 class Watch:
     """One attempt's use of the machine against its limits."""
 
-    def __init__(self, pid: int, settings: Settings, disk_used: Callable[[], int]) -> None:
+    def __init__(self, pid: int, settings: Settings, terms: Terms, disk_used: Callable[[], int]) -> None:
         """
         Args:
             pid: the attempt's process.
             disk_used: the bytes that its files take.
         """
+        self.terms = terms
         self._pid = pid
         self._settings = settings
         self._disk_used = disk_used
@@ -51,25 +73,23 @@ class Watch:
 
     def breach(self) -> C2IError | None:
         """The limit that is exceeded now, in words for the job's user."""
-        settings, now = self._settings, time.monotonic()
-        if now - self._began > settings.job_timeout_seconds:
-            return TimedOut(
-                f"the job ran for more than {settings.job_timeout_seconds:,} s, which is the limit here: send fewer or "
-                "shorter examples, ask for fewer passes, or take a smaller model"
-            )
+        settings, what, now = self._settings, self.terms.what, time.monotonic()
+        if now - self._began > self.terms.seconds:
+            return self.terms.timed_out()
         processes = [self._pid]
         if now - self._counted > COUNT_SECONDS:
             self._counted = now
             self._oom_kills = (self._oom_kills[1], oom_kills())
             processes = descendants(os.getpid())
             if len(processes) > MAX_PROCESSES:
-                return InternalError(f"the job started more than {MAX_PROCESSES} processes, which no adaptation does")
+                return InternalError(f"the {what} started more than {MAX_PROCESSES} processes, which none does")
             if self._disk_used() > settings.job_disk_bytes:
                 return out_of_disk(settings.job_disk_bytes)
         used = sum(map(resident_bytes, processes))
         self.peak_bytes = max(self.peak_bytes, used)
         if settings.job_memory_bytes is not None and used > settings.job_memory_bytes:
-            return out_of_memory(f"the job took more memory than its limit, {settings.job_memory_bytes / 1e9:.1f} GB")
+            limit = f"{settings.job_memory_bytes / 1e9:.1f} GB"
+            return self.terms.out_of_memory(f"the {what} took more memory than its limit, {limit}")
         return None
 
     def memory_ran_out(self) -> bool:
@@ -88,13 +108,6 @@ def end_descendants() -> None:
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
-
-
-def out_of_memory(what: str) -> OutOfMemory:
-    """The error of a job that needed too much memory, with what its user can do."""
-    return OutOfMemory(
-        f"{what}: send fewer or shorter examples, take a smaller model, or ask for a worker with more memory"
-    )
 
 
 def out_of_disk(limit: int) -> OutOfDisk:

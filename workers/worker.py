@@ -1,4 +1,4 @@
-"""Takes jobs from the queue and runs each in a child process: liveness, cancelling, crashes. No mathematics.
+"""Takes jobs, or tries, and runs each in a child process: liveness, cancelling, crashes. No mathematics.
 
 rq dequeues and forks. What a job is and what became of it stands in our own records (`service.queue`), so rq's
 registries, results and commands are not used, nor its thread: the parent imports torch and transformers, that a
@@ -26,22 +26,18 @@ from redis.exceptions import RedisError
 from rq.exceptions import StopRequested
 from rq.worker import WorkerStatus
 
-from service import workforce
-from service.artifacts import ArtifactStore
-from service.connections import connect
-from service.errors import C2IError, Conflict, JobNotFound
+from service.errors import C2IError, Conflict, NotFound
 from service.fairness import Held
 from service.jobs import JobStatus
-from service.limits import QueueLimits
 from service.logs import belongs_to, named, take_over
 from service.processes import adopt_orphans, die_with_parent
-from service.queue import JobQueue
 from service.settings import Settings
-from service.workforce import WorkerInfo, WorkerState
-from workers.attempt import Adapt, run_attempt
+from service.workforce import WorkerState
+from workers.attempt import Adapt
 from workers.lease import Lease
-from workers.limits import Output, Watch, end_descendants, limit_this_process, out_of_memory
+from workers.limits import Output, Watch, end_descendants, limit_this_process
 from workers.machine import Machine, in_child, introduce, measure
+from workers.tasks import Adaptations, Task
 
 logger = named(__name__)
 
@@ -64,17 +60,18 @@ def work(settings: Settings, redis_url: str, adapt: Adapt, probe: Callable[[], M
     Raises:
         Unavailable: Redis does not answer at the start, or nothing can be computed here.
     """
+    take(lambda: Adaptations(settings, redis_url, adapt, lambda: introduce(in_child(probe))), settings)
+
+
+def take(prepare: Callable[[], Task], settings: Settings) -> None:
+    """Work at one kind of task until a signal says to stop. Raises what `prepare` does."""
     take_over()
-    queue = JobQueue(connect(redis_url), settings.job_ttl, QueueLimits.of(settings))
-    queue.check()
-    store = ArtifactStore(settings.artifacts)
-    info = introduce(in_child(probe))
-    logger.info("taking jobs", worker=info.id, device=info.device, threads=info.threads)
+    task = prepare()
     adopt_orphans()
     stopped = False
     with contextlib.suppress(StopRequested):  # between two rounds
         while not stopped:
-            worker = Worker(queue, store, settings, adapt, info)
+            worker = Worker(task, settings)
             try:
                 worker.work(logging_level="WARNING")
             except RedisError as error:
@@ -82,11 +79,11 @@ def work(settings: Settings, redis_url: str, adapt: Adapt, probe: Callable[[], M
                 time.sleep(1)
             stopped = worker.stopped
     with contextlib.suppress(RedisError):
-        workforce.leave(queue.redis, info.id)
+        task.leave()
 
 
 class Worker(rq.Worker):
-    """One job at a time, each in a process of its own."""
+    """One job, or try, at a time, each in a process of its own."""
 
     # After a restart of Redis a worker is back in no more than this.
     max_connection_wait_time = 2.0
@@ -94,17 +91,15 @@ class Worker(rq.Worker):
     # for 15 s. It asks Redis to wait for a job for five seconds at a time.
     connection_timeout = 10
 
-    def __init__(
-        self, queue: JobQueue, store: ArtifactStore, settings: Settings, adapt: Adapt, info: WorkerInfo
-    ) -> None:
+    def __init__(self, task: Task, settings: Settings) -> None:
+        queue = task.queue
         deliveries = queue.deliveries
         super().__init__([deliveries], connection=queue.redis, serializer=deliveries.serializer, worker_ttl=20)
+        self._task = task
         self._queue = queue
-        self._store = store
         self._settings = settings
-        self._adapt = adapt
-        self._info = info
         self._busy = False
+        self._at: tuple[str, int] | None = None
         self._grace_ends = float("inf")
         # Of the attempt that runs.
         self._lease = Lease()
@@ -121,7 +116,7 @@ class Worker(rq.Worker):
         super().heartbeat(timeout, pipeline)
         state = WorkerState.BUSY if self._busy else WorkerState.IDLE
         state = WorkerState.STOPPING if self._stop_requested else state
-        workforce.heartbeat(self._queue.redis, self._info.model_copy(update={"state": state}))
+        self._task.announce(state, self._at)
 
     def execute_job(self, job: rq.job.Job, queue: rq.Queue) -> None:
         """Run one delivery to its end; Redis may go away meanwhile."""
@@ -133,7 +128,7 @@ class Worker(rq.Worker):
         finally:
             self._busy = False
             belongs_to()
-            self._info = self._info.model_copy(update={"job_id": None, "attempt": None})
+            self._at = None
 
     def _execute(self, job: rq.job.Job, queue: rq.Queue) -> None:
         job_id = job.args[0]
@@ -141,17 +136,17 @@ class Worker(rq.Worker):
         try:
             attempt = self._queue.start(job_id)
         except Held:
-            logger.info("the job waits for another of its owner's", job_id=job_id)
+            logger.info("the job waits for another of its owner's", **{self._task.label: job_id})
             return
-        except (Conflict, JobNotFound) as error:
-            logger.info("not starting the job", job_id=job_id, reason=error.message)
+        except (Conflict, NotFound) as error:
+            logger.info("not starting it", **{self._task.label: job_id}, reason=error.message)
             self._queue.drop(job.id)
             return
-        belongs_to(job_id=job_id, attempt=attempt)
-        logger.info("starting the job")
+        belongs_to(**{self._task.label: job_id}, attempt=attempt)
+        logger.info("starting it")
         job.args = (job_id, attempt)
         self.set_state(WorkerStatus.BUSY)
-        self._info = self._info.model_copy(update={"job_id": job_id, "attempt": attempt})
+        self._at = (job_id, attempt)
         try:
             self._output = Output(passes_print=self._settings.log_level == "DEBUG")
             self.fork_work_horse(job, queue)
@@ -163,10 +158,10 @@ class Worker(rq.Worker):
         # The child does the same: whoever comes first, no kill of the group can reach the parent.
         with contextlib.suppress(OSError):
             os.setpgid(self.horse_pid, self.horse_pid)
-        watch = Watch(self.horse_pid, self._settings, lambda: self._store.workspace_bytes(job_id, attempt))
+        watch = self._task.watch(self.horse_pid, job_id, attempt)
         try:
             code = self._await_end(job_id, attempt, watch)
-            self._store.clear_workspace(job_id, attempt)
+            self._task.clear(job_id, attempt)
             self._settle(job_id, attempt, code, watch)
         finally:
             end_descendants()  # also where this process failed
@@ -221,7 +216,7 @@ class Worker(rq.Worker):
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
-                with contextlib.suppress(Conflict, JobNotFound):
+                with contextlib.suppress(Conflict, NotFound):
                     self._record_end(job_id, attempt, code, watch)
             except RedisError:
                 if self._stop_requested or time.monotonic() > deadline:
@@ -247,7 +242,9 @@ class Worker(rq.Worker):
         else:
             if code == -signal.SIGKILL and watch.memory_ran_out():
                 reason = "the machine's memory ran out"
-                error = out_of_memory(f"{reason} when the job had {watch.peak_bytes / 1e9:.1f} GB of it")
+                error = watch.terms.out_of_memory(
+                    f"{reason} when the {watch.terms.what} had {watch.peak_bytes / 1e9:.1f} GB of it"
+                )
             self._queue.give_back(job_id, attempt, reason, crashed=True, error=error)
 
     def kill_horse(self, sig: signal.Signals = signal.SIGKILL) -> None:
@@ -279,7 +276,7 @@ class Worker(rq.Worker):
             Path("/proc/self/comm").write_text(job_id[-15:])
             self._lease.bind_this_process()
             limit_this_process(self._settings)
-            run_attempt(self._queue, self._store, self._settings, self._adapt, job_id, attempt)
+            self._task.run(job_id, attempt)
             code = 0
         except BaseException:
             logger.exception("the job's process ends without a result")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
@@ -32,6 +33,7 @@ from service.limits import Rates, Submissions
 from service.metrics import Metrics
 from service.queue import JobQueue
 from service.settings import MAX_BODY_BYTES, Settings
+from service.tries.queue import TryQueue
 from service.watching import Watcher
 
 
@@ -51,6 +53,9 @@ class Service:
     submissions: Submissions
     """Bodies that are being checked."""
     watcher: Watcher
+    tries: TryQueue
+    wake_answerer: Callable[[], None]
+    """Called when a try waits."""
 
 
 async def _service(request: Request) -> Service:

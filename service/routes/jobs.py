@@ -106,9 +106,8 @@ async def create_job(
 
     With an `Idempotency-Key` that has created a job already, that job comes back, and `Idempotent-Replayed: true`.
     """
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise UnsupportedMediaType("the body must be JSON with `Content-Type: application/json`")
-    body = await _read_body(request)
+    check_json(request)
+    body = await read_body(request, MAX_BODY_BYTES)
     if dry_run:
         return JSONResponse((await to_thread.run_sync(_estimate, service, body, limiter=threads)).model_dump())
     claim = Claim.of(caller.owner, idempotency_key, body) if idempotency_key else None
@@ -120,29 +119,35 @@ async def create_job(
     return job
 
 
-async def _read_body(request: Request) -> bytes:
+def check_json(request: Request) -> None:
+    """Refuse a body that is said to be of another type."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise UnsupportedMediaType("the body must be JSON with `Content-Type: application/json`")
+
+
+async def read_body(request: Request, limit: int) -> bytes:
     """The body, declared or chunked. (FastAPI's `max_body_size` answers in plain text; errors here have one shape.)
 
     What is too long is still read up to `DRAIN_BYTES`: a client that is cut off while it sends does not see why.
     """
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > DRAIN_BYTES:
-        raise _too_large()
+        raise _too_large(limit)
     body = bytearray()
     received = 0
     async for chunk in request.stream():
         received += len(chunk)
         if received > DRAIN_BYTES:
             break
-        if received <= MAX_BODY_BYTES:
+        if received <= limit:
             body += chunk
-    if received > MAX_BODY_BYTES:
-        raise _too_large()
+    if received > limit:
+        raise _too_large(limit)
     return bytes(body)
 
 
-def _too_large() -> PayloadTooLarge:
-    return PayloadTooLarge(f"the body is over {MAX_BODY_BYTES:,} bytes; send fewer or shorter examples")
+def _too_large(limit: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"the body is over {limit:,} bytes; send less: fewer or shorter examples, a shorter prompt")
 
 
 def _check(service: Service, body: bytes) -> tuple[JobSpec, models.Model]:

@@ -56,7 +56,7 @@ def get_service(service: TheService) -> ServiceInfo:
     return ServiceInfo(
         version=version("compress-to-impress"),
         keys_required=service.settings.keys_in_force,
-        tries=False,
+        tries=service.settings.tries_in_force,
         webhooks=service.settings.webhooks,
         min_examples=MIN_EXAMPLES,
         max_examples=MAX_EXAMPLES,

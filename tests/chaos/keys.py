@@ -9,7 +9,7 @@ from typing import Any, cast
 from redis import Redis
 
 # Kept for as long as there is a service. rq's sets hold names of workers, which rq itself clears every ten minutes.
-PERSISTENT = re.compile(r"c2i:(counters|keys|webhooks:secrets)|rq:(queues|workers|workers:c2i)")
+PERSISTENT = re.compile(r"c2i:(counters|keys|webhooks:secrets)|rq:(queues|workers|workers:c2i(-tries)?)")
 OF_JOB = re.compile(r"c2i:job:(job_[0-9a-z]{20})(:events)?")
 OF_DELIVERY = re.compile(r"rq:job:(job_[0-9a-z]{20}-\d+)")
 TERMINAL = ("succeeded", "failed", "cancelled")
@@ -57,6 +57,8 @@ def find_stray_keys(redis: Redis) -> list[str]:
         r"c2i:held:.*": records.waiting,
         r"rq:queue:c2i": records.waiting,
         r"rq:queue:c2i:intermediate": set,
+        r"rq:queue:c2i-tries": lambda: _waiting_tries(redis),
+        r"rq:queue:c2i-tries:intermediate": set,
     }
     found = []
     for raw in cast(Iterable[bytes], redis.scan_iter()):
@@ -77,6 +79,17 @@ def find_stray_keys(redis: Redis) -> list[str]:
     missing = {"c2i:jobs": jobs, "c2i:active": jobs - records.are(*TERMINAL), "c2i:ended": records.are(*TERMINAL)}
     for index, members in missing.items():
         found += [f"{index} lacks {member}" for member in sorted(members - _members(redis, index))]
+    return found
+
+
+def _waiting_tries(redis: Redis) -> set[str]:
+    """Tries lapse, all of their keys but the list."""
+    found = set[str]()
+    for key in cast(Iterable[bytes], redis.scan_iter("c2i:try:*")):
+        if b":lease:" not in key:
+            status, deliveries = cast(list[bytes | None], redis.hmget(key, "status", "deliveries"))
+            if status == b"queued" and deliveries:
+                found.add(f"{key.decode().rpartition(':')[2]}-{deliveries.decode()}")
     return found
 
 

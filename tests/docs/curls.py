@@ -25,6 +25,10 @@ curl -sO {URL}/v1/jobs/JOB/files/adapter/adapter_model.safetensors  # 200
 curl -s -C 100 -o rest.bin {URL}/v1/jobs/JOB/files/adapter/adapter_model.safetensors  # 206""",
     ("GET", "/v1/jobs/{job_id}/adapter.zip"): f"curl -sO {URL}/v1/jobs/JOB/adapter.zip  # 200",
     ("GET", "/v1/jobs/{job_id}/model.zip"): f"curl -sO {URL}/v1/jobs/JOB/model.zip  # 200",
+    ("POST", "/v1/jobs/{job_id}/tries"): f"""\
+TRY=$(curl -s {URL}/v1/jobs/JOB/tries {JSON} -d '{{"prompt": "The capital of France is", "max_tokens": 8}}' \\
+  | grep -o 'try_[0-9a-z]*')  # 202""",
+    ("GET", "/v1/jobs/{job_id}/tries/{try_id}"): f'curl -s "{URL}/v1/jobs/JOB/tries/$TRY?wait=20"  # 200',
     ("GET", "/v1/service"): f"curl -s {URL}/v1/service  # 200",
     ("GET", "/v1/models"): f"curl -s {URL}/v1/models  # 200",
     ("GET", "/healthz"): f"curl -s {URL}/healthz  # 200",

@@ -1,0 +1,1 @@
+"""Prompts that the base and the adapted model of a finished job answer, side by side."""
