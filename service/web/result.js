@@ -1,0 +1,341 @@
+// The result of a job, drawn from its report.json: on the page and, inlined, in report.html.
+import {
+  chart, dumbbells, intervals, map, modelLegend, MOST_LABELS, passLegend, predictions, shade, stageBars,
+} from "./result-charts.js";
+import { bytes, count, element, fold, number, plural, pValue, range, seconds, signed, table } from "./result-elements.js";
+
+/**
+ * Draw a report into an element, in place of what it holds. What the report lacks is left out.
+ * @param {HTMLElement} root
+ * @param {object} report report.json
+ * @param {{links?: Record<string, string>}} [options] `links`: what can be downloaded, its address by its name
+ */
+export function renderResult(root, report, { links = {} } = {}) {
+  const wide = [verdict, gains, removed, candidates, labels, changed, sideEffect, cost, details];
+  const parts = wide.map((part) => part(report, links)).filter(Boolean);
+  root.replaceChildren(element("div", { class: "result" }, ...parts));
+}
+
+/** A part of the result under its heading. */
+function section(title, ...children) {
+  return element("section", {}, element("h2", {}, title), ...children);
+}
+
+/** One over the whole width. */
+function wideSection(title, ...children) {
+  return element("section", { class: "wide" }, element("h2", {}, title), ...children);
+}
+
+const sentence = (text, kind = null) => element("p", { class: kind }, text);
+
+function verdict(report, links) {
+  const { model, removed: gone, improved } = report;
+  const [state, word] = improved
+    ? ["good", "Improved"]
+    : report.verdict.startsWith("Worse") ? ["bad", "Worse: base returned"] : ["none", "No significant improvement"];
+  const what = gone.components
+    ? `${count(gone.components)} of ${count(model.components)} components are removed, in ${count(gone.modules)} of ` +
+      `${plural(model.target_modules, "weight")} of ${model.id}. Nothing was trained, nothing added.`
+    : `Nothing is removed from ${model.id}: what you get is the base model.`;
+  const downloads = Object.entries(links).map(([name, href]) => element("a", { href, download: true }, name));
+  return element(
+    "section",
+    { class: `wide verdict ${state}` },
+    element("h2", {}, word),
+    sentence(report.verdict, "lead"),
+    sentence(what),
+    downloads.length ? element("p", { class: "links" }, ...downloads) : null,
+  );
+}
+
+// --- what it brought ----------------------------------------------------------------------------------------------
+
+const METRICS = [["accuracy", "Accuracy over the choices"], ["exact_match", "Exact match"]];
+
+function gains(report) {
+  const first = report.passes.length > 1 ? report.after_first_pass : null;
+  const models = [["base", report.base], ["after pass 1", first], ["adapted", report.adapted]];
+  const rates = METRICS.flatMap(([key, metric]) =>
+    models
+      .filter(([, scores]) => scores && scores[key] !== null && scores[key] !== undefined)
+      .map(([model, scores]) => {
+        const [low, high] = scores[`${key}_interval`] ?? [scores[key], scores[key]];
+        return { metric, model, value: scores[key], low, high };
+      }),
+  );
+  const closed = report.base.accuracy !== null;
+  const floor = closed ? { metric: METRICS[0][1], value: report.base.majority_rate } : null;
+  const examples = `${plural(report.splits.test, "example")}`;
+  const seen = report.splits.cross_validated
+    ? `Cross-validated on ${examples}: each was judged by a search that had not seen it.`
+    : `Measured on ${examples} that the search had not seen.`;
+  const always = floor ? ` The dashed line is what answering always the commonest label gives, ${number(floor.value)}.` : "";
+  return section(
+    "What it brought",
+    sentence(`${seen} Bars are 95 % intervals.${always}`, "note"),
+    chart(`Rates of base and adapted model: the numbers are in the table below`, intervals(rates, floor)),
+    figures(report),
+  );
+}
+
+function figures(report) {
+  const of = Object.fromEntries((report.differences ?? []).map((found) => [found.metric, found]));
+  const row = (key, name) => {
+    const found = of[key];
+    const change = found ? rate(found.value, [found.low, found.high], signed) : "–";
+    const p = element("span", { class: "nowrap" }, found && report.improved ? pValue(found.p) : "–");
+    const before = report.base[`${key}_interval`], after = report.adapted[`${key}_interval`];
+    return [name, rate(report.base[key], before), rate(report.adapted[key], after), change, p];
+  };
+  const rows = [...METRICS, ["loss", "Loss, nats"], ["balanced_accuracy", "Balanced accuracy"]]
+    .filter(([key]) => typeof report.base[key] === "number")
+    .map(([key, name]) => row(key, name));
+  return table("Base and adapted model", ["", "base", "adapted", "difference", "p"], rows);
+}
+
+/** A number with its 95 % interval. */
+function rate(value, interval, format = number) {
+  if (!interval) return format(value);
+  return element("span", {}, format(value), " ", element("small", {}, range(interval[0], interval[1], format)));
+}
+
+// --- what was removed ---------------------------------------------------------------------------------------------
+
+function removed(report) {
+  const gone = new Map();
+  for (const entry of report.plan) {
+    const before = gone.get(entry.module) ?? { removed: 0, norm: 0 };
+    gone.set(entry.module, {
+      removed: before.removed + entry.components.length,
+      norm: Math.max(before.norm, entry.relative_norm),
+    });
+  }
+  const cells = (report.modules ?? []).map((module) => ({ removed: 0, norm: 0, ...module, ...gone.get(module.module) }));
+  if (!cells.length) return null;
+  const most = Math.max(...cells.map((cell) => cell.removed));
+  if (!most) {
+    return section("What was removed", sentence(`Nothing: all ${plural(cells.length, "weight")} are the base's.`));
+  }
+  const hint = "Point at a cell, or go from cell to cell with the arrow keys.";
+  const readout = element("p", { class: "readout", "aria-live": "polite" }, hint);
+  const tell = (text) => { readout.textContent = text; };
+  const name = `Map of removed components: ${report.removed.components} in ${report.removed.modules} weights`;
+  const touched = cells.filter((cell) => cell.removed).sort((a, b) => b.removed - a.removed);
+  const rows = touched.map((cell) => [
+    cell.module, `${cell.layer}`, count(cell.removed), count(cell.components), `${number(100 * cell.norm, 1)} %`,
+  ]);
+  return section(
+    "What was removed",
+    sentence("One cell is one weight of the model; the stronger its colour, the more components it lost.", "note"),
+    chart(name, map(cells, tell), { role: "group" }),
+    shades(most),
+    readout,
+    fold(
+      "The map as a table",
+      table("Components removed from each weight", ["weight", "layer", "removed", "of", "part of its norm"], rows, { hideCaption: true }),
+    ),
+  );
+}
+
+function shades(most) {
+  const steps = [...new Set([0, 1, Math.round(most / 16), Math.round(most / 4), most])].filter((n) => n >= 0 && n <= most);
+  const keys = steps.sort((a, b) => a - b).map((step) => {
+    const swatch = element("span", { class: "swatch" }, element("span", {}));
+    swatch.firstChild.style.opacity = shade(step, most);
+    return element("span", { class: "key" }, swatch, count(step));
+  });
+  return element("p", { class: "legend" }, ...keys, element("span", { class: "key" }, "components removed"));
+}
+
+// --- what the search tried ----------------------------------------------------------------------------------------
+
+function isChosen(pass, candidate) {
+  return pass.accepted && candidate.loss !== null && Math.abs(candidate.loss - pass.loss) <= 1e-6 * (1 + Math.abs(pass.loss));
+}
+
+function candidates(report) {
+  const tried = report.passes.flatMap((pass) => pass.candidates.map((candidate) => ({ pass, candidate })));
+  const points = tried
+    .filter(({ candidate: c }) => typeof c.predicted_loss === "number" && typeof c.loss === "number")
+    .map(({ pass, candidate }) => ({
+      pass: pass.number,
+      description: candidate.description,
+      predicted: candidate.predicted_loss - candidate.base_loss,
+      actual: candidate.loss - candidate.base_loss,
+      chosen: isChosen(pass, candidate),
+    }));
+  if (!tried.length) return null;
+  const passes = [...new Set(points.map((point) => point.pass))];
+  const left = tried.length - points.length;
+  const without = left ? ` ${plural(left, "candidate")} without a prediction or a finite loss ${left === 1 ? "is" : "are"} left out.` : "";
+  const rows = tried.map(({ pass, candidate: c }) => [
+    c.description, `${pass.number}`, count(c.size), count(c.examples), number(c.predicted_loss), number(c.loss),
+    number(c.accuracy), isChosen(pass, c) ? "kept" : "",
+  ]);
+  const columns = ["without", "pass", "components", "judged on", "predicted loss", "loss", "accuracy", ""];
+  return section(
+    "What the search tried",
+    points.length
+      ? sentence(
+          "Each mark is a set of components that was removed on trial. On the dashed line the loss came out as the " +
+            `gradient predicted; below zero it fell.${without}`, "note")
+      : sentence("First order predicts nothing here; the losses are in the table.", "note"),
+    points.length ? chart("Predicted against actual change of the loss; the numbers are in the table", predictions(points)) : null,
+    points.length ? passLegend(passes) : null,
+    fold(`All ${plural(tried.length, "candidate")}`, table("Candidates", columns, rows, { hideCaption: true })),
+  );
+}
+
+// --- label by label -----------------------------------------------------------------------------------------------
+
+function byLabel(report) {
+  const before = report.base.confusion, after = report.adapted.confusion;
+  if (!before || !after) return [];
+  const hits = (confusion, label) => {
+    const row = confusion[label] ?? {};
+    const n = Object.values(row).reduce((sum, k) => sum + k, 0);
+    return { n, rate: n ? (row[label] ?? 0) / n : 0 };
+  };
+  return Object.keys(before).map((label) => {
+    const base = hits(before, label), adapted = hits(after, label);
+    return { label, n: base.n, base: base.rate, adapted: adapted.rate };
+  });
+}
+
+function labels(report) {
+  const all = byLabel(report);
+  // Where each example has choices of its own, a label says nothing.
+  const found = all.filter((label) => label.n > 1);
+  if (found.length < 2 || found.length * 3 < all.length) return null;
+  found.sort((a, b) => b.n * Math.abs(b.adapted - b.base) - a.n * Math.abs(a.adapted - a.base) || b.n - a.n);
+  const left = found.length - MOST_LABELS;
+  const shown = left > 0 ? `The ${MOST_LABELS} of ${found.length} labels on which most changed. ` : "";
+  const rows = found.map((label) => [label.label, count(label.n), number(label.base), number(label.adapted), signed(label.adapted - label.base)]);
+  return section(
+    "Label by label",
+    sentence(`${shown}In brackets, how many examples have the label.`, "note"),
+    chart("Accuracy of each label before and after; the numbers are in the table", dumbbells(found)),
+    modelLegend(),
+    fold("The labels as a table", table("Accuracy by label", ["label", "examples", "base", "adapted", "difference"], rows, { hideCaption: true })),
+  );
+}
+
+// --- examples -----------------------------------------------------------------------------------------------------
+
+function changed(report) {
+  if (!report.changed) return null;
+  const gained = report.changed.filter((e) => e.adapted_correct && !e.base_correct);
+  const lost = report.changed.filter((e) => e.base_correct && !e.adapted_correct);
+  const other = report.changed.filter((e) => e.base_correct === e.adapted_correct);
+  if (!report.changed.length) {
+    const why = report.removed.components ? "No answer changed." : "No answer changed: the base model is returned.";
+    return wideSection("Examples that changed", sentence(why));
+  }
+  const groups = [
+    [`Got right: ${count(report.gained)}`, gained, report.gained],
+    [`Got wrong: ${count(report.lost)}`, lost, report.lost],
+    ["Wrong before and after, in another way", other, other.length],
+  ];
+  return wideSection(
+    "Examples that changed",
+    element("div", { class: "columns" }, ...groups.filter(([, some]) => some.length).map(([title, some, all]) =>
+      element(
+        "div",
+        {},
+        element("h3", {}, title),
+        some.length < all ? sentence(`${some.length} of them, evenly over the test examples`, "note") : null,
+        element("div", { class: "cards" }, ...some.map(card)),
+      ))),
+  );
+}
+
+function card(example) {
+  const answer = (who, text, correct) =>
+    element(
+      "div",
+      { class: correct ? "answer right" : "answer wrong" },
+      element("dt", {}, who),
+      element("dd", {}, element("span", { class: "sign", "aria-hidden": "true" }, correct ? "✓" : "✗"), element("q", {}, text), element("span", { class: "hidden" }, correct ? " right" : " wrong")),
+    );
+  return element(
+    "article",
+    { class: "card" },
+    element("pre", {}, example.prompt),
+    element(
+      "dl",
+      {},
+      element("div", { class: "answer" }, element("dt", {}, "wanted"), element("dd", {}, element("span", { class: "sign" }), element("q", {}, example.completion))),
+      answer("base", example.base_answer, example.base_correct),
+      answer("adapted", example.adapted_answer, example.adapted_correct),
+    ),
+  );
+}
+
+// --- side effect, cost, details -----------------------------------------------------------------------------------
+
+function sideEffect(report) {
+  const { value, tokens } = report.drift;
+  if (!report.removed.components) return null;
+  const text = typeof value === "number"
+    ? `On ordinary text that has nothing to do with the task, the adapted model gives what the base would say next on average ${number(100 * Math.exp(-value), 0)} % of the probability that the base gives it. 100 % would be no side effect. The drift is ${number(value)} nats a token, over ${plural(tokens, "token")}.`
+    : "On ordinary text the adapted model gives no finite probabilities: do not use it for anything else.";
+  const bound = report.max_drift === null || report.max_drift === undefined ? "" : ` At most ${number(report.max_drift)} was allowed.`;
+  return section("Side effect", sentence(text + bound));
+}
+
+function cost(report) {
+  const { cost: spent } = report;
+  const total = Object.values(spent.stages).reduce((sum, took) => sum + took, 0);
+  const facts = [
+    ["all stages", seconds(total)],
+    ["adaptation", `${number(spent.adaptation_fb, 1)} FB`],
+    ["one FB", seconds(spent.fb_seconds)],
+    ["peak memory", bytes(spent.peak_memory_bytes)],
+    ["adapter", bytes(spent.adapter_bytes)],
+    ["whole model", bytes(spent.model_bytes)],
+  ];
+  const list = element("dl", { class: "facts" }, ...facts.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value))));
+  const told = Object.entries(spent.stages).map(([stage, took]) => `${stage} ${seconds(took)}`).join(", ");
+  return section(
+    "Cost",
+    list,
+    Object.keys(spent.stages).length ? chart(`Seconds a stage: ${told}`, stageBars(spent.stages)) : null,
+    sentence("FB is one forward and backward pass over the examples that components are ranked by.", "note"),
+  );
+}
+
+function details(report) {
+  const passes = report.passes.map((pass) => [
+    `${pass.number}`, number(pass.base_loss), number(pass.loss), count(pass.chosen), pValue(pass.p),
+    (pass.accepted ? (pass.withdrawn ? "accepted, not returned" : "accepted") : "not accepted") + `: ${pass.reason}`, seconds(pass.seconds),
+  ]);
+  const { splits, model } = report;
+  const facts = (entries) => entries.filter(([, value]) => value !== null && value !== undefined).map(([name, value]) => [name, `${value}`]);
+  const settings = facts([
+    ["model", `${model.id}, ${model.architecture}, ${model.dtype}, ${count(model.parameters)} parameters`],
+    ["revision", model.revision],
+    ["strategy", report.strategy],
+    ...Object.entries(report.strategy_options ?? {}).map(([name, value]) => [name, JSON.stringify(value)]),
+    ["objective", report.objective],
+    ["prompt format", report.prompt_format],
+    ["passes asked for", report.passes_requested],
+    ["seed", report.seed],
+    ["examples for the gradient", splits.gradient],
+    ["examples to select on", splits.selection],
+    ["examples to test on", splits.test],
+    ["folds", splits.folds],
+    ["duplicates dropped", splits.duplicates_dropped],
+    ["largest logit difference of the adapter as read back", report.verification.adapter.toExponential(1)],
+    ["the same of the whole model", report.verification.model.toExponential(1)],
+    ["loss by rounding to 16 bits", typeof report.rounding_loss === "number" ? signed(report.rounding_loss, 4) : null],
+  ]);
+  const skipped = report.skipped_modules.map((skip) => [skip.module, skip.reason]);
+  return wideSection(
+    "Details",
+    sentence(report.outlook.message),
+    fold("Passes", table("Passes", ["pass", "loss before", "loss", "components", "p", "", "time"], passes, { hideCaption: true })),
+    fold("Settings and splits", table("Settings and splits", ["", ""], settings, { hideCaption: true })),
+    skipped.length ? fold(`Weights left alone: ${skipped.length}`, table("Weights left alone", ["weight", "why"], skipped, { hideCaption: true })) : null,
+    fold("Versions", table("Versions", ["package", "version"], facts(Object.entries(report.versions)), { hideCaption: true })),
+  );
+}
