@@ -23,6 +23,8 @@ export function chart(name, draw, { role = "img" } = {}) {
     const svg = draw(width);
     svg.setAttribute("role", role);
     svg.setAttribute("aria-label", name);
+    // Plot names its groups after their marks (`rule`); a name without a role says nothing to anybody.
+    svg.querySelectorAll("g[aria-label]").forEach((group) => group.removeAttribute("aria-label"));
     frame.replaceChildren(svg);
   };
   show();

@@ -1,0 +1,95 @@
+// How a model is adapted: strategy, passes and the rest, each explained in a sentence.
+
+import { field, h } from "./dom.js";
+import { select } from "./mapping.js";
+
+const STRATEGIES = [
+  [
+    "components",
+    "Components",
+    "Ranks all singular components of all weights by a backward pass over your examples, and removes the few that stand in the task's way. The usual choice.",
+  ],
+  ["laser", "LASER", "Tries every weight matrix at lower rank, one after the other. Takes far longer; there to compare."],
+  [
+    "c2i",
+    "Compress to Impress",
+    "Tries lower ranks, block by block, on the few matrices that a gradient points to. There to compare.",
+  ],
+];
+
+const OBJECTIVES = [
+  ["both", "The answer's likelihood, and the choice among the options"],
+  ["completion", "The answer's likelihood alone"],
+  ["choice", "The choice among the options alone"],
+];
+
+/** What a new draft begins with. */
+export const DEFAULTS = { strategy: "components", passes: 3, objective: "both", prompt_format: "text", seed: 0, max_drift: "" };
+
+/**
+ * The controls; each writes into `draft` and calls `changed`.
+ * @param {any} draft @param {() => void} changed
+ */
+export function settingsPanel(draft, changed) {
+  const set = (name) => (value) => {
+    draft[name] = value;
+    changed();
+  };
+  const strategies = STRATEGIES.map(([value, label, text]) =>
+    h(
+      "label",
+      { class: "option" },
+      h("input", {
+        type: "radio",
+        name: "strategy",
+        value,
+        checked: draft.strategy === value,
+        onchange: () => set("strategy")(value),
+      }),
+      h("span", {}, h("strong", {}, label), " ", h("span", { class: "hint" }, text)),
+    ),
+  );
+  return [
+    h("fieldset", { class: "options", id: "strategy" }, h("legend", {}, "Strategy"), strategies),
+    field(
+      "Passes, at most",
+      number("passes", { min: 1, max: 8, step: 1 }, draft.passes, set("passes")),
+      "A pass ranks, tries removals and keeps what helps beyond doubt. The next one starts from the better model; when nothing more is gained, the job ends early.",
+    ),
+    h(
+      "details",
+      {},
+      h("summary", {}, "More settings"),
+      field("What is made likelier", select("objective", OBJECTIVES, draft.objective, set("objective"))),
+      field(
+        "Prompts are sent",
+        select("prompt_format", [["text", "as they are"], ["chat", "as a chat turn, in the model's template"]], draft.prompt_format, set("prompt_format")),
+      ),
+      field(
+        "Drift, at most",
+        number("max_drift", { min: 0, step: "any", placeholder: "no limit" }, draft.max_drift, set("max_drift")),
+        "How far predictions on unrelated text may move, in nats a token. 0.1 is little, 1 is much.",
+      ),
+      field("Seed", number("seed", { min: 0, step: 1 }, draft.seed, set("seed")), "The same seed and examples give the same result."),
+    ),
+  ];
+}
+
+function number(id, limits, value, changed) {
+  const control = h("input", { type: "number", id, ...limits, oninput: () => changed(control.value) });
+  control.value = String(value);
+  return control;
+}
+
+/** The fields of `POST /v1/jobs` that the controls stand for. A number that is none is sent as it is, and refused. */
+export function settingsOf(draft) {
+  const whole = (text) => (String(text).trim() === "" || Number.isNaN(Number(text)) ? text : Number(text));
+  return {
+    strategy: draft.strategy,
+    passes: whole(draft.passes),
+    objective: draft.objective,
+    prompt_format: draft.prompt_format,
+    seed: whole(draft.seed),
+    max_drift: draft.max_drift === "" ? null : whole(draft.max_drift),
+  };
+}
