@@ -3,6 +3,7 @@
     artifacts/jobs/ID/input.json               the job's spec
     artifacts/jobs/ID/ATTEMPT.manifest.json    what the attempt published: path, bytes and sha256 of each file
     artifacts/blobs/ab/abcd...                 contents by their sha256, shared by all jobs
+    artifacts/uploads/                         files that jobs are made of (`service.uploads`)
     artifacts/work/ID.ATTEMPT/                 where an attempt writes before it publishes
 
 Files appear by a rename after an fsync, and the manifest after all its blobs: what is seen is whole. A manifest
@@ -43,7 +44,9 @@ class ArtifactStore:
         self._blobs = root / "blobs"
         self._work = root / "work"
         self._lock = root / "lock"
-        for folder in (self._jobs, self._blobs, self._work):
+        self.uploads = root / "uploads"
+        """The folder of `service.uploads`."""
+        for folder in (self._jobs, self._blobs, self._work, self.uploads):
             folder.mkdir(parents=True, exist_ok=True)
 
     def check(self) -> None:
@@ -131,7 +134,7 @@ class ArtifactStore:
                 for path in sorted(folder.rglob("*"))
                 if path.is_file()
             ]
-            _write(self._manifest(job_id, attempt), _MANIFEST.dump_json(files))
+            write_whole(self._manifest(job_id, attempt), _MANIFEST.dump_json(files))
         return files
 
     def withdraw(self, job_id: str, attempt: int) -> None:
@@ -284,7 +287,7 @@ def _touched(path: Path) -> float:
         return time.time()
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Whole or not at all, and there after a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("wb") as file:

@@ -375,7 +375,8 @@ class JobEvent(Strict):
 
     id: str
     created_at: datetime
-    kind: Literal["status", "progress"]
+    kind: Literal["status", "progress", "warning"]
+    """`warning`: something of what was asked for is not done as asked."""
     message: str
     status: JobStatus
     progress: Progress

@@ -16,7 +16,7 @@ PARAM = re.compile(r"(examples|validation|test)\[(\d+)\]\.?(.*)", re.DOTALL)
 class JsonLines:
     """The objects of a file and the line, from 1, that each stands on."""
 
-    path: Path
+    name: str
     objects: list[object]
     lines: list[int]
 
@@ -28,14 +28,25 @@ def read(path: Path) -> JsonLines:
         InvalidInput: it cannot be read, or a line is not JSON.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
     except OSError as error:
         raise InvalidInput(f"{path}: {error.strerror}") from None
+    return parse(str(path), content)
+
+
+def parse(name: str, content: bytes) -> JsonLines:
+    """The lines of a file of this name.
+
+    Raises:
+        InvalidInput: a line is not JSON.
+    """
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise InvalidInput(f"{path}: not UTF-8 text") from None
-    found = JsonLines(path, [], [])
+        raise InvalidInput(f"{name}: not UTF-8 text") from None
+    found = JsonLines(name, [], [])
     # Not splitlines: it would also split at U+2028 inside a string.
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -45,7 +56,7 @@ def read(path: Path) -> JsonLines:
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else "cannot be decoded"
             raise InvalidInput(
-                f'{path}:{number}: not JSON ({reason}); a line is {{"prompt": "...", "completion": "..."}}'
+                f'{name}:{number}: not JSON ({reason}); a line is {{"prompt": "...", "completion": "..."}}'
             ) from None
         found.lines.append(number)
     return found
@@ -61,5 +72,5 @@ def locate(error: InvalidInput, files: dict[str, JsonLines]) -> InvalidInput:
     file = files.get(match[1]) if match else None
     if match is None or file is None or int(match[2]) >= len(file.lines):
         return error
-    place = f"{file.path}:{file.lines[int(match[2])]}"
+    place = f"{file.name}:{file.lines[int(match[2])]}"
     return type(error)(f"{place}: {match[3]}: {error.message}" if match[3] else f"{place}: {error.message}")

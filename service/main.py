@@ -22,9 +22,21 @@ from service.keys import KeyStore
 from service.limits import QueueLimits, Rates, Submissions
 from service.logs import named
 from service.metrics import Metrics
+from service.openai.requests import FineTuningRequest
 from service.queue import JobQueue
 from service.reaper import Reaper
-from service.routes import events, files, health, jobs, models, page, tries
+from service.routes import (
+    events,
+    files,
+    health,
+    jobs,
+    models,
+    openai_errors,
+    openai_files,
+    openai_jobs,
+    page,
+    tries,
+)
 from service.routes.authentication import document_keys
 from service.routes.dependencies import Service, translate
 from service.settings import Settings
@@ -93,8 +105,8 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
-    for router in (jobs.router, events.router, files.router, models.router, health.router, page.router, tries.router):
-        app.include_router(router)
+    for resource in (jobs, events, files, models, health, page, openai_files, openai_jobs, tries):
+        app.include_router(resource.router)
     for kind in (C2IError, RequestValidationError, HTTPException, RedisError, OSError):
         app.add_exception_handler(kind, _respond)
     app.add_middleware(Access, requests=service.metrics.requests, respond=_respond)
@@ -111,17 +123,20 @@ def _respond(request: Request, error: Exception) -> JSONResponse:
         headers["Retry-After"] = str(ours.retry_after)
     if isinstance(ours, Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(ours.body(), ours.status, headers)
+    body = ours.body()
+    status = openai_errors.restate(request, ours, body, headers)
+    return JSONResponse(body, status, headers)
 
 
 def _document(app: FastAPI) -> dict[str, Any]:
     """FastAPI's schema and the bodies that are parsed from bytes and so unknown to it."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-        for kind in (JobSpec, TrySpec):
+        for kind in (JobSpec, TrySpec, FineTuningRequest):
             body = kind.model_json_schema(ref_template="#/components/schemas/{model}")
             schema["components"]["schemas"].update(body.pop("$defs", {}))
             schema["components"]["schemas"][kind.__name__] = body
         document_keys(schema, in_force=app.state.service.settings.keys_in_force)
+        openai_errors.document(schema)
         app.openapi_schema = schema
     return app.openapi_schema

@@ -25,7 +25,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
@@ -51,6 +51,7 @@ from service.records import (
     not_found,
     now,
     running_key,
+    settings_of,
     since,
     to_job,
 )
@@ -101,12 +102,22 @@ class JobQueue(Transactions):
 
     # --- what clients do: an `owner` sees its own jobs alone, None sees all ---------------------------------------
 
-    def create(self, job_id: str, spec: JobSpec, owner: str = "", claim: Claim | None = None) -> Job:
+    def create(
+        self,
+        job_id: str,
+        spec: JobSpec,
+        owner: str = "",
+        claim: Claim | None = None,
+        more: Mapping[str, str] | None = None,
+        warnings: Sequence[str] = (),
+    ) -> Job:
         """Store the record and queue the job, both or neither. Its input must be stored already.
 
         Args:
             owner: the ID of the key that submits it; empty where no keys are in use.
             claim: where it is another job's already, that job is returned and none is created.
+            more: fields of the record that whoever submits it keeps.
+            warnings: what its owner is told by events before the first.
 
         Raises:
             Conflict: the claim was made with another body, or for a job that is gone.
@@ -125,6 +136,8 @@ class JobQueue(Transactions):
             "deliveries": "0",
             "progress": Progress().model_dump_json(),
             "metadata": json.dumps(spec.metadata),
+            "settings": settings_of(spec),
+            **(more or {}),
         } | (outbox.fields(spec.webhook, owner) if spec.webhook else {})
         with self.redis.pipeline() as pipe:
             while True:
@@ -145,6 +158,8 @@ class JobQueue(Transactions):
                     pipe.sadd("c2i:active", job_id)
                     self._deliver(record, pipe)
                     counters.add(pipe, counters.JOBS_CREATED)
+                    for warning in warnings:
+                        self._add_event(record, pipe, "warning", warning)
                     self._add_event(record, pipe, "status", "queued")
                     pipe.execute()
                 except WatchError:
@@ -179,8 +194,18 @@ class JobQueue(Transactions):
             raise not_found(job_id)
         return JobStatus(status.decode())
 
-    def list_jobs(self, limit: int, after: str | None = None, owner: str | None = None) -> list[Job]:
-        """Jobs from the newest to the oldest, at most `limit`, older than the job `after`."""
+    def details(self, job_ids: Sequence[str], *fields: str) -> list[Record]:
+        """Fields of the records of jobs that their owner was shown; empty for a job that is gone."""
+        return [record for _, record in self._read_many(list(job_ids), *fields)]
+
+    def list_jobs(
+        self,
+        limit: int,
+        after: str | None = None,
+        owner: str | None = None,
+        wanted: Callable[[Job], bool] = lambda _: True,
+    ) -> list[Job]:
+        """Jobs from the newest to the oldest, at most `limit`, older than the job `after`, those that are wanted."""
         found: list[Job] = []
         index, prefix = ("c2i:jobs", "") if owner is None else (OWNED, f"{owner}:")
         # "~" sorts behind whatever an ID is made of.
@@ -192,9 +217,12 @@ class JobQueue(Transactions):
             newest = f"({entries[-1].decode()}"
             for entry in entries:
                 try:
-                    found.append(self.get(entry.decode().removeprefix(prefix), owner))
+                    job = self.get(entry.decode().removeprefix(prefix), owner)
                 except JobNotFound:
                     self.redis.zrem(index, entry)  # expired
+                    continue
+                if wanted(job):
+                    found.append(job)
         return found
 
     def events(self, job_id: str, after: str | None = None, owner: str | None = None) -> list[JobEvent]:

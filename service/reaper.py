@@ -22,6 +22,7 @@ from service.logs import named
 from service.queue import LEASE_SECONDS, JobQueue
 from service.records import JOB_ID
 from service.tries.queue import TryQueue
+from service.uploads import Uploads
 
 logger = named(__name__)
 
@@ -104,12 +105,14 @@ class Reaper(threading.Thread):
         self._suspects = lost
 
     def clean(self) -> None:
-        """Remove files that no record knows: of inputs whose job was never created, and of jobs lost with a Redis.
+        """Remove files that no record knows: of inputs whose job was never created, of jobs lost with a Redis, and
+        uploads that have expired.
 
-        The latter stay for as long as the jobs would have, as their records may come back: from a backup, or with the
-        right REDIS_URL.
+        Those of lost jobs stay for as long as the jobs would have, as their records may come back: from a backup, or
+        with the right REDIS_URL.
         """
         self._queue.prune()
+        Uploads(self._store).expire()
         known = self._store.older_than(self._ttl)
         inputs = self._store.older_than(min(self._ttl, ORPHAN), unpublished=True)
         self._store.delete(*(job_id for job_id in {*known, *inputs} if not self._queue.exists(job_id)))

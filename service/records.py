@@ -9,7 +9,7 @@ import time
 from datetime import UTC, datetime
 
 from service.errors import Conflict, InvalidInput, JobNotFound
-from service.jobs import Job, JobStatus
+from service.jobs import Job, JobSpec, JobStatus
 from service.webhooks import outbox
 
 JOB_ID = re.compile(r"job_[0-9a-z]{20}")
@@ -72,6 +72,14 @@ def delivery_id(record: Record) -> str:
 def decode(fields: dict[bytes, bytes]) -> Record:
     """A record as Redis returns it; empty where there is none."""
     return {name.decode(): value.decode() for name, value in fields.items()}
+
+
+def settings_of(spec: JobSpec) -> str:
+    """What a record keeps of a job's settings: the spec itself, with its examples, is in the artifact store."""
+    kept = spec.model_dump(
+        mode="json", include={"strategy_options", "passes", "objective", "seed", "max_drift", "prompt_format"}
+    )
+    return json.dumps(kept | {"validation": spec.validation is not None})
 
 
 def to_job(record: Record, queue_position: int | None = None) -> Job:

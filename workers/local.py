@@ -86,7 +86,7 @@ def _locate(error: InvalidInput, lines: jsonl.JsonLines, rows: Rows) -> InvalidI
     gradient, selection, _ = rows
     starts = {"examples": 0, "validation": gradient or 0, "test": (gradient or 0) + selection}
     files = {
-        name: jsonl.JsonLines(lines.path, lines.objects[start:], lines.lines[start:]) for name, start in starts.items()
+        name: jsonl.JsonLines(lines.name, lines.objects[start:], lines.lines[start:]) for name, start in starts.items()
     }
     return jsonl.locate(error, files)
 

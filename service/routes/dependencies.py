@@ -34,6 +34,7 @@ from service.metrics import Metrics
 from service.queue import JobQueue
 from service.settings import MAX_BODY_BYTES, Settings
 from service.tries.queue import TryQueue
+from service.uploads import Uploads
 from service.watching import Watcher
 
 
@@ -56,6 +57,11 @@ class Service:
     tries: TryQueue
     wake_answerer: Callable[[], None]
     """Called when a try waits."""
+
+    @property
+    def uploads(self) -> Uploads:
+        """Files that jobs are made of."""
+        return Uploads(self.store)
 
 
 async def _service(request: Request) -> Service:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -41,6 +41,10 @@ class EventList(BaseModel):
     """A job's events, oldest first."""
 
     data: list[JobEvent]
+
+
+Form = Callable[[JobEvent], bytes]
+HEADERS = {"Cache-Control": "no-store", "Vary": "Accept", "X-Accel-Buffering": "no"}
 
 
 @dataclass(frozen=True)
@@ -84,11 +88,10 @@ async def get_events(
     if not _wants_stream(accept):
         return EventList(data=await run_in_threadpool(service.queue.events, job_id, after, caller.sees))
     service.watcher.check_room(caller.owner)
-    page = await run_in_threadpool(_read, service.queue, job_id, after, caller.sees)
+    page = await run_in_threadpool(read, service.queue, job_id, after, caller.sees, as_sent)
     if page.ended and not page.text:
         return Response(status_code=204)  # a browser would connect again for ever
-    headers = {"Cache-Control": "no-store", "Vary": "Accept", "X-Accel-Buffering": "no"}
-    return EventSourceResponse(_stream(service, job_id, caller, page), headers=headers)
+    return EventSourceResponse(stream(service, job_id, caller, page, as_sent), headers=HEADERS)
 
 
 def _wants_stream(accept: str) -> bool:
@@ -99,17 +102,24 @@ def _wants_stream(accept: str) -> bool:
     return "application/json" not in kinds[: kinds.index("text/event-stream")]
 
 
-def _read(queue: JobQueue, job_id: str, after: str | None, owner: str | None) -> Page:
+def as_sent(event: JobEvent) -> bytes:
+    """An event on these routes' streams."""
+    return format_sse_event(data_str=event.model_dump_json(), event=event.kind, id=event.id)
+
+
+def read(queue: JobQueue, job_id: str, after: str | None, owner: str | None, form: Form) -> Page:
+    """The events behind one, each in a form."""
     status, events = queue.history(job_id, after, owner)
-    text = b"".join(
-        format_sse_event(data_str=event.model_dump_json(), event=event.kind, id=event.id) for event in events
-    )
+    text = b"".join(map(form, events))
     ended = status.terminal or any(event.status.terminal for event in events[-1:])
     return Page(text, events[-1].id if events else after, ended)
 
 
-async def _stream(service: Service, job_id: str, caller: Caller, page: Page) -> AsyncIterator[bytes]:
-    """Pages to the job's end. A listener that reads slowly holds up itself alone: its events wait in Redis."""
+async def stream(
+    service: Service, job_id: str, caller: Caller, page: Page, form: Form, last: bytes = b""
+) -> AsyncIterator[bytes]:
+    """Pages to the job's end, and `last` behind them. A listener that reads slowly holds up itself alone: its events
+    wait in Redis."""
     if page.text:
         yield page.text
     watcher, until = service.watcher, time.monotonic() + LONGEST_STREAM_SECONDS
@@ -121,8 +131,8 @@ async def _stream(service: Service, job_id: str, caller: Caller, page: Page) -> 
             if watcher.stopped:
                 return
             try:
-                read = partial(_read, service.queue, job_id, page.last, caller.sees)
-                page = await watcher.share((job_id, page.last, caller.sees), read)
+                look = partial(read, service.queue, job_id, page.last, caller.sees, form)
+                page = await watcher.share((job_id, page.last, caller.sees, form), look)
             except JobNotFound:
                 return  # deleted
             except RedisError:
@@ -130,3 +140,5 @@ async def _stream(service: Service, job_id: str, caller: Caller, page: Page) -> 
                 continue
             if page.text:
                 yield page.text
+    if page.ended and last:
+        yield last

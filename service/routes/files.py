@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import ExitStack, closing
 from typing import Annotated, Any, BinaryIO, cast
 
@@ -14,7 +14,7 @@ from zipstream import ZipStream
 
 from service.answers import FileList, FileOut
 from service.errors import Conflict, InvalidInput, JobNotFound, NotFound
-from service.jobs import Job, JobStatus
+from service.jobs import ArtifactFile, Job, JobStatus
 from service.reports import Report
 from service.routes.authentication import Caller, Reader
 from service.routes.dependencies import Service, TheService, documented
@@ -125,26 +125,42 @@ def _archive(caller: Caller, service: Service, job_id: str, folder: str, if_none
 
     Its members are stored and not deflated: weights do not shrink, and stored members have a known length.
     """
-    files = [
-        file
-        for file in service.store.files(job_id, _finished(caller, service, job_id).attempt)
-        if file.path.startswith(f"{folder}/") or file.path == "report.json"
-    ]
-    if not any(file.path.startswith(f"{folder}/") for file in files):
-        raise NotFound(f"the job published no {folder}")
+    files = _members(service, _finished(caller, service, job_id), folder)
     digest = hashlib.sha256("\n".join(f"{file.sha256} {file.path}" for file in files).encode()).hexdigest()
     name = f"{job_id}-{folder}"
     headers = {"ETag": f'"{digest}"', "Cache-Control": "private, no-cache"}
     if _matches(if_none_match, digest):
         return Response(status_code=304, headers=headers)
-    archive = ZipStream(sized=True)
     with ExitStack() as stack:
-        # All are opened at once: what is open stays whole if the job is deleted while it is sent.
-        for file in files:
-            stream = stack.enter_context(service.store.open(file))
-            archive.add_path(f"/proc/self/fd/{stream.fileno()}", arcname=f"{name}/{file.path}")
+        archive = _zip(service, files, name, stack)
         headers |= {"Content-Length": str(len(archive)), "Content-Disposition": f'attachment; filename="{name}.zip"'}
         return Archive(archive, stack.pop_all(), headers)
+
+
+def archive_bytes(service: Service, job: Job, folder: str) -> int:
+    """How long the archive of a folder is.
+
+    Raises:
+        NotFound: the job published no such folder.
+    """
+    with ExitStack() as stack:
+        return len(_zip(service, _members(service, job, folder), f"{job.id}-{folder}", stack))
+
+
+def _members(service: Service, job: Job, folder: str) -> list[ArtifactFile]:
+    there = service.store.files(job.id, job.attempt)
+    if not any(file.path.startswith(f"{folder}/") for file in there):
+        raise NotFound(f"the job published no {folder}")
+    return [file for file in there if file.path.startswith(f"{folder}/") or file.path == "report.json"]
+
+
+def _zip(service: Service, files: Iterable[ArtifactFile], name: str, opened: ExitStack) -> ZipStream:
+    """All are opened at once: what is open stays whole if the job is deleted while it is sent."""
+    archive = ZipStream(sized=True)
+    for file in files:
+        stream = opened.enter_context(service.store.open(file))
+        archive.add_path(f"/proc/self/fd/{stream.fileno()}", arcname=f"{name}/{file.path}")
+    return archive
 
 
 def _in_pieces(archive: ZipStream) -> Generator[bytes, None, None]:

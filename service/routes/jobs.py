@@ -12,7 +12,6 @@ from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
-from service import lengths, masks, models
 from service.answers import Estimate, JobList
 from service.decomposed import is_decomposed
 from service.errors import (
@@ -28,18 +27,17 @@ from service.errors import (
 from service.estimates import Loads, Size, estimate
 from service.idempotency import Claim
 from service.jobs import Job, JobSpec
-from service.limits import check_disk, check_model_size
 from service.logs import bind_contextvars
-from service.records import check_job_id, new_job_id
+from service.records import check_job_id
+from service.routes import submitting
 from service.routes.authentication import Caller, Reader, Submitter
+from service.routes.bodies import DRAIN_BYTES, read_json
 from service.routes.dependencies import IdempotencyKey, Service, TheService, documented
-from service.settings import MAX_BODY_BYTES
 from service.workforce import list_workers
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 LONGEST_WAIT_SECONDS = 60.0
-DRAIN_BYTES = 4 * MAX_BODY_BYTES
 
 
 async def _job_id(job_id: Annotated[str, Path(description="As `POST /v1/jobs` returned it.")]) -> str:
@@ -106,8 +104,7 @@ async def create_job(
 
     With an `Idempotency-Key` that has created a job already, that job comes back, and `Idempotent-Replayed: true`.
     """
-    check_json(request)
-    body = await read_body(request, MAX_BODY_BYTES)
+    body = await read_json(request)
     if dry_run:
         return JSONResponse((await to_thread.run_sync(_estimate, service, body, limiter=threads)).model_dump())
     claim = Claim.of(caller.owner, idempotency_key, body) if idempotency_key else None
@@ -119,57 +116,9 @@ async def create_job(
     return job
 
 
-def check_json(request: Request) -> None:
-    """Refuse a body that is said to be of another type."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise UnsupportedMediaType("the body must be JSON with `Content-Type: application/json`")
-
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """The body, declared or chunked. (FastAPI's `max_body_size` answers in plain text; errors here have one shape.)
-
-    What is too long is still read up to `DRAIN_BYTES`: a client that is cut off while it sends does not see why.
-    """
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > DRAIN_BYTES:
-        raise _too_large(limit)
-    body = bytearray()
-    received = 0
-    async for chunk in request.stream():
-        received += len(chunk)
-        if received > DRAIN_BYTES:
-            break
-        if received <= limit:
-            body += chunk
-    if received > limit:
-        raise _too_large(limit)
-    return bytes(body)
-
-
-def _too_large(limit: int) -> PayloadTooLarge:
-    return PayloadTooLarge(f"the body is over {limit:,} bytes; send less: fewer or shorter examples, a shorter prompt")
-
-
-def _check(service: Service, body: bytes) -> tuple[JobSpec, models.Model]:
-    spec = JobSpec.parse_json(body)
-    if spec.webhook and not service.settings.webhooks:
-        raise InvalidInput(
-            "this service has webhooks off; leave the field out and ask with `GET /v1/jobs/{id}?wait=60`, or have its "
-            "operator set C2I_WEBHOOKS=on",
-            param="webhook",
-        )
-    model = models.resolve(service.settings.models, spec.model)
-    check_model_size(model, service.settings.max_model_parameters)
-    check_disk(model, service.store, service.settings.job_disk_bytes)
-    masks.check_masks(model, spec)
-    # First, as it bounds what it takes to count.
-    lengths.check_total(model, spec, service.settings.max_tokens)
-    lengths.check_lengths(model, spec)
-    return spec, model
-
-
 def _estimate(service: Service, body: bytes) -> Estimate:
-    spec, model = _check(service, body)
+    spec = JobSpec.parse_json(body)
+    model = submitting.check(service, spec)
     speeds = [info.speed for info in list_workers(service.queue.redis) if info.speed is not None]
     return estimate(
         Size.of(model.shapes, model.bytes),
@@ -186,18 +135,9 @@ def _create(service: Service, caller: Caller, body: bytes, claim: Claim | None) 
     """A job, and whether this request created it."""
     if claim and (earlier := service.queue.find_claimed(claim)):
         return earlier, False
-    spec, _ = _check(service, body)
-    job_id = new_job_id()
-    # The URL may hold a token: workers have no use for it.
-    service.store.put_input(job_id, spec.model_copy(update={"webhook": None}))
-    try:
-        job = service.queue.create(job_id, spec, caller.owner, claim)
-    except (Conflict, TooManyRequests):
-        service.store.discard_input(job_id)
-        raise
-    if job.id != job_id:  # a request with the same claim was faster
-        service.store.discard_input(job_id)
-    return job, job.id == job_id
+    spec = JobSpec.parse_json(body)
+    submitting.check(service, spec)
+    return submitting.create(service, caller, spec, claim)
 
 
 @router.get("", responses=documented(InvalidInput))

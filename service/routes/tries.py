@@ -22,8 +22,9 @@ from service.errors import (
 )
 from service.jobs import Job, JobStatus
 from service.routes.authentication import Caller, Reader, Submitter
+from service.routes.bodies import read_json
 from service.routes.dependencies import Service, TheService, documented
-from service.routes.jobs import LONGEST_WAIT_SECONDS, JobId, Threads, check_json, read_body
+from service.routes.jobs import LONGEST_WAIT_SECONDS, JobId, Threads
 from service.tries.contract import Try, TrySpec
 
 
@@ -65,8 +66,7 @@ async def create_try(
 ) -> Try:
     """Ask the base and the adapted model of a job that succeeded. A worker answers; the try is kept for an hour."""
     job = await run_in_threadpool(service.queue.get, job_id, caller.sees)
-    check_json(request)
-    body = await read_body(request, MAX_BODY_BYTES)
+    body = await read_json(request, MAX_BODY_BYTES)
     made = await to_thread.run_sync(_create, service, caller, job, body, limiter=threads)
     response.headers["Location"] = f"/v1/jobs/{job_id}/tries/{made.id}"
     return made

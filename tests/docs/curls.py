@@ -35,4 +35,20 @@ TRY=$(curl -s {URL}/v1/jobs/JOB/tries {JSON} -d '{{"prompt": "The capital of Fra
     ("GET", "/readyz"): f"curl -s {URL}/readyz  # 200",
     ("GET", "/v1/workers"): f"curl -s {URL}/v1/workers  # 200",
     ("GET", "/metrics"): f"curl -s {URL}/metrics  # 200",
+    ("POST", "/v1/files"): f"""\
+FILE=$(curl -s {URL}/v1/files -F purpose=fine-tune -F file=@task.jsonl | grep -o 'file-[0-9a-z]*')  # 200""",
+    ("GET", "/v1/files"): f"curl -s '{URL}/v1/files?limit=5'  # 200",
+    ("GET", "/v1/files/{file_id}"): f"curl -s {URL}/v1/files/$FILE  # 200",
+    ("DELETE", "/v1/files/{file_id}"): f"curl -s -X DELETE {URL}/v1/files/$FILE  # 200",
+    ("GET", "/v1/files/{file_id}/content"): f"curl -s -o adapter.zip {URL}/v1/files/file-JOB-adapter/content  # 200",
+    ("POST", "/v1/fine_tuning/jobs"): f"""\
+curl -s {URL}/v1/fine_tuning/jobs {JSON} \\
+  -d '{{"model": "smollm2-135m-instruct", "training_file": "file-JOB-examples"}}'  # 200""",
+    ("GET", "/v1/fine_tuning/jobs"): f"curl -s '{URL}/v1/fine_tuning/jobs?limit=5'  # 200",
+    ("GET", "/v1/fine_tuning/jobs/{job_id}"): f"curl -s {URL}/v1/fine_tuning/jobs/JOB  # 200",
+    ("POST", "/v1/fine_tuning/jobs/{job_id}/cancel"): f"curl -s -X POST {URL}/v1/fine_tuning/jobs/JOB/cancel  # 200",
+    ("GET", "/v1/fine_tuning/jobs/{job_id}/events"): f"""\
+curl -s {URL}/v1/fine_tuning/jobs/JOB/events  # 200
+curl -sN '{URL}/v1/fine_tuning/jobs/JOB/events?stream=true'  # 200""",
+    ("GET", "/v1/fine_tuning/jobs/{job_id}/checkpoints"): f"curl -s {URL}/v1/fine_tuning/jobs/JOB/checkpoints  # 200",
 }

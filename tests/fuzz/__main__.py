@@ -41,7 +41,8 @@ def schemathesis(
     for operations in document["paths"].values():
         for operation in operations.values():
             operation["responses"].get("200", {}).get("content", {}).pop("text/event-stream", None)
-            for parameter in operation.get("parameters", ()):
+            operation["parameters"] = [one for one in operation.get("parameters", ()) if one["name"] != "stream"]
+            for parameter in operation["parameters"]:
                 if parameter["name"] == "wait":
                     parameter["schema"]["maximum"] = 0.05
                 if parameter["name"] == "job_id" and job_ids:

@@ -73,7 +73,7 @@ def _read(path: Path) -> Task:
     for i, row in enumerate(read.objects):
         seen.setdefault(_identity(row), i)
     kept = list(seen.values())
-    lines = jsonl.JsonLines(path, [read.objects[i] for i in kept], [read.lines[i] for i in kept])
+    lines = jsonl.JsonLines(str(path), [read.objects[i] for i in kept], [read.lines[i] for i in kept])
     return Task(path.stem, lines, sha256(path.read_bytes()).hexdigest())
 
 
@@ -94,14 +94,14 @@ def split(task: Task, seed: int, sizes: Sizes, model: str) -> Split:
     total = sum(sizes.each)
     available = len(task.lines.objects)
     if total > available:
-        raise InvalidInput(f"{total:,} rows are asked for; {task.lines.path} has {available:,} different", param="rows")
+        raise InvalidInput(f"{total:,} rows are asked for; {task.lines.name} has {available:,} different", param="rows")
     order: list[int] = np.random.default_rng(seed).permutation(available)[:total].tolist()
     files: dict[str, jsonl.JsonLines] = {}
     start = 0
     for name, size in zip(SPLITS, sizes.each, strict=True):
         mine = order[start : start + size]
         files[name] = jsonl.JsonLines(
-            task.lines.path, [task.lines.objects[i] for i in mine], [task.lines.lines[i] for i in mine]
+            task.lines.name, [task.lines.objects[i] for i in mine], [task.lines.lines[i] for i in mine]
         )
         start += size
     try:
