@@ -6,6 +6,9 @@ import asyncio
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -181,6 +184,18 @@ def test_both_views_show_the_same_job(served: ServeProcess, done: FineTuningJob)
     for one in (theirs, again.id):
         with suppress(openai.ConflictError):  # it has ended meanwhile
             openai_client.fine_tuning.jobs.cancel(one)
+
+
+def test_the_example_script_leaves_the_results_beside_it(served: ServeProcess, tmp_path: Path) -> None:
+    (tmp_path / "task.jsonl").write_bytes(lines(*chats(60)))
+    script = live.REPOSITORY / "docs" / "examples" / "openai_client.py"
+    env = {**os.environ, "C2I_URL": served.url}
+    command = [sys.executable, str(script), "task.jsonl", "tiny-gpt2"]
+    ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[0] == "queued"
+    assert ran.stdout.splitlines()[-1].startswith("succeeded ft:tiny-gpt2::job_")
+    assert {"step_metrics.csv", "adapter.zip", "report.json"} <= {path.name for path in tmp_path.iterdir()}
 
 
 # --- files, lists, refusals, keys --------------------------------------------------------------------------------
