@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import shutil
+import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,12 +17,15 @@ import pytest
 from tests import tiny
 from tests.conftest import single_thread
 from tests.docs.curls import CURLS
-from tests.docs.pages import all_pages, made_pages, openapi
+from tests.docs.own_redis import OwnRedis
+from tests.docs.pages import DOCS, OPERATING, all_pages, made_pages, openapi
 from tests.docs.reference import anchor, operations
-from tests.docs.snippets import Block, Sandbox, blocks
+from tests.docs.snippets import USUAL_URL, Block, Sandbox, blocks
 from tests.live import REPOSITORY, ServeProcess, install
 
 MODEL = "smollm2-135m-instruct"
+EXAMPLES = tiny.learnable_examples(24)
+BODY = {"model": MODEL, "passes": 2, "examples": EXAMPLES}
 PAGES = {page.relative_to(REPOSITORY).as_posix(): page for page in all_pages()}
 
 # What is not run: the page, how the command or the block begins, and why. A new one stands here or runs; the test
@@ -34,6 +40,9 @@ NOT_RUN = {
     ("README.md", "c2i serve"): "serves until it is stopped: the sandbox has one",
     ("README.md", "c2i bench"): "hours; tests/test_benchmark.py runs a small one",
     ("README.md", "service/ "): "the tree; no code",
+    ("docs/method.md", "python -m tests.docs.figure"): "downloads a model, and takes minutes",
+    ("docs/operating.md", "REDIS_URL=redis://redis.internal"): "runs until it is stopped",
+    ("docs/extending.md", "python -m pytest"): "the architecture is no part of the tests",
     ("docs/metrics.md", "max(rate("): "PromQL; tests/test_seeing.py runs what docker/ has of it",
     ("docs/service.md", "python -m tests.chaos"): "half an hour; tests/test_chaos.py runs a part",
     ("docs/service.md", "python -m tests.fuzz"): "minutes; tests/test_fuzz.py runs a part",
@@ -64,62 +73,82 @@ def not_run(block: Block, begins: str) -> tuple[str, str] | None:
 
 def test_what_is_not_run_is_listed_with_a_reason_and_nothing_else_is_listed() -> None:
     found = [block for page in all_pages() for block in blocks(page)]
-    unknown = [b for b in found if b.language not in ("sh", "python", "json", "nginx") and not not_run(b, b.text)]
+    unknown = [b for b in found if b.language == "unknown" and not not_run(b, b.text)]
     assert not unknown, f"neither run nor listed in NOT_RUN: {', '.join(map(str, unknown))}"
     used = {not_run(block, text) for block in found for text in [block.text, *block.commands()]}
     assert NOT_RUN.keys() <= used, f"no such command: {NOT_RUN.keys() - used}"
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, tiny_models: Callable[..., Path]) -> Iterator[ServeProcess]:
-    """`c2i serve` with a tiny model under the name that the pages use."""
-    data = tmp_path_factory.mktemp("docs") / "data"
-    install(tiny_models("llama"), data, MODEL)
-    process = ServeProcess(data, env={"OMP_NUM_THREADS": "1", "C2I_DATA": str(data)})
-    process.data = data  # type: ignore[attr-defined]
+def data(tmp_path_factory: pytest.TempPathFactory, tiny_models: Callable[..., Path]) -> Path:
+    """A data folder with a tiny model under the name that the pages use."""
+    folder = tmp_path_factory.mktemp("docs") / "data"
+    install(tiny_models("llama"), folder, MODEL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def service(data: Path) -> Iterator[ServeProcess]:
+    """`c2i serve`."""
+    process = ServeProcess(data, env={"OMP_NUM_THREADS": "1"})
     yield process
     process.stop()
 
 
-def body() -> dict[str, object]:
-    return {"model": MODEL, "passes": 2, "examples": tiny.learnable_examples(24)}
+@pytest.fixture
+def two_redis(tmp_path: Path) -> Iterator[tuple[OwnRedis, OwnRedis]]:
+    """One that runs, and one that does not yet."""
+    old, new = OwnRedis(), OwnRedis()
+    old.start("--dir", str(tmp_path))
+    yield old, new
+    old.stop()
+    new.stop()
+
+
+def submit(service: ServeProcess) -> str:
+    """A job's ID."""
+    return str(service.http.post("/v1/jobs", json=BODY).json()["id"])
 
 
 @pytest.fixture(scope="module")
 def finished(service: ServeProcess) -> str:
     """The ID of a job that has succeeded."""
-    job_id = str(service.http.post("/v1/jobs", json=body()).json()["id"])
+    job_id = submit(service)
     job = service.http.get(f"/v1/jobs/{job_id}", params={"wait": 60}).json()
     assert job["status"] == "succeeded", job
     return job_id
 
 
 @pytest.fixture
-def sandbox(service: ServeProcess, finished: str, tmp_path: Path) -> Sandbox:
-    """A folder with what the pages take for granted: the model, a job's body, examples, an adapter."""
-    data: Path = service.data  # type: ignore[attr-defined]
+def sandbox(name: str, data: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Sandbox:
+    """A folder with what the page takes for granted: the model, a job's body, examples, and a service with a finished
+    job and its adapter where the page speaks of one."""
     (tmp_path / "data").symlink_to(data)
-    (tmp_path / "job.json").write_text(json.dumps(body()))
-    (tmp_path / "task.jsonl").write_text("".join(json.dumps(one) + "\n" for one in tiny.learnable_examples(24)))
+    (tmp_path / "job.json").write_text(json.dumps(BODY))
+    (tmp_path / "task.jsonl").write_text("".join(json.dumps(one) + "\n" for one in EXAMPLES))
+    env = {"OMP_NUM_THREADS": "1", "C2I_DATA": str(data)}
+    if not re.search(rf"{USUAL_URL}|\bJOB\b", PAGES[name].read_text()):
+        return Sandbox(tmp_path, USUAL_URL, env, str)
+    service: ServeProcess = request.getfixturevalue("service")
+    finished: str = request.getfixturevalue("finished")
     archive = tmp_path / "adapter.zip"
     archive.write_bytes(service.http.get(f"/v1/jobs/{finished}/adapter.zip").content)
     zipfile.ZipFile(archive).extractall(tmp_path)
 
     def job_for(text: str) -> str:
-        """A finished job; one of its own for what would end or delete it."""
+        """The finished job; one of its own for what would end or delete it."""
         if not re.search("cancel|DELETE", text):
             return finished
-        job_id = str(service.http.post("/v1/jobs", json=body()).json()["id"])
+        job_id = submit(service)
         if "DELETE" in text:
             service.http.post(f"/v1/jobs/{job_id}/cancel")
             service.http.get(f"/v1/jobs/{job_id}", params={"wait": 60})
         return job_id
 
-    return Sandbox(tmp_path, service.url, {"OMP_NUM_THREADS": "1"}, job_for)
+    return Sandbox(tmp_path, service.url, env, job_for)
 
 
-@pytest.mark.parametrize("name", [name for name, page in PAGES.items() if blocks(page)])
-def test_every_command_and_snippet_of_the_page_runs(name: str, sandbox: Sandbox) -> None:
+def run_page(name: str, sandbox: Sandbox) -> None:
     with single_thread():
         for block in blocks(PAGES[name]):
             if not_run(block, block.text) and block.language != "sh":
@@ -131,8 +160,61 @@ def test_every_command_and_snippet_of_the_page_runs(name: str, sandbox: Sandbox)
                             sandbox.shell(block, command)
                 case "python":
                     sandbox.python(block)
+                case "diff":
+                    sandbox.diff(block)
                 case "json":
                     json.loads(block.text)
+
+
+@pytest.mark.parametrize("name", [name for name, page in PAGES.items() if blocks(page) and page != OPERATING])
+def test_every_command_and_snippet_of_the_page_runs(name: str, sandbox: Sandbox) -> None:
+    run_page(name, sandbox)
+
+
+@pytest.mark.parametrize("name", ["docs/operating.md"])
+def test_back_ups_that_were_made_while_the_service_ran_bring_back_jobs_and_artifacts(
+    name: str, sandbox: Sandbox, service: ServeProcess, finished: str, two_redis: tuple[OwnRedis, OwnRedis]
+) -> None:
+    old, new = two_redis
+    sandbox.stands_for = {"127.0.0.1:6379": f"127.0.0.1:{old.port}", "6380": str(new.port)}
+    mine = old.create_job(BODY)
+    under_way = submit(service)
+    run_page(name, sandbox)
+
+    restored = ServeProcess(sandbox.folder / "restored", "--workers", "0")
+    try:
+        for path in (f"/v1/jobs/{finished}", f"/v1/jobs/{finished}/report", f"/v1/jobs/{finished}/files"):
+            assert restored.http.get(path).json() == service.http.get(path).json()
+        for file in restored.http.get(f"/v1/jobs/{finished}/files").json()["data"]:
+            content = restored.http.get(file["url"]).content
+            assert hashlib.sha256(content).hexdigest() == file["sha256"]
+        assert restored.http.get(f"/v1/jobs/{under_way}").json()["status"] in ("queued", "running", "succeeded")
+    finally:
+        restored.stop()
+    # As the page says: once restored, it is started with its append-only file.
+    assert new.jobs() == {mine}
+    new.stop()
+    new.start("--dir", str(sandbox.folder / "redis"), "--appendonly", "yes")
+    assert new.jobs() == {mine}
+
+
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx (apt-get install nginx-light) is not installed")
+def test_nginx_takes_the_proxy_s_configuration(tmp_path: Path) -> None:
+    (block,) = [block for block in blocks(OPERATING) if block.language == "nginx"]
+    names = ["-subj", "/CN=c2i.example.com", "-keyout", str(tmp_path / "c2i.key"), "-out", str(tmp_path / "c2i.pem")]
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *names], check=True, capture_output=True
+    )
+    server = block.text.replace("/etc/ssl", str(tmp_path)).replace("listen 443", "listen 127.0.0.1:8443")
+    (tmp_path / "nginx.conf").write_text(f"pid {tmp_path}/pid;\nevents {{}}\nhttp {{\n{server}}}\n")
+    command = ["nginx", "-t", "-c", str(tmp_path / "nginx.conf"), "-e", str(tmp_path / "log")]
+    checked = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_the_index_has_every_page() -> None:
+    index = LINK.findall((DOCS / "README.md").read_text())
+    assert {page.name for page in DOCS.glob("*.md")} - {"README.md"} <= set(index)
 
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")

@@ -2,7 +2,8 @@
 
 A block is shell (`sh`), Python, JSON or text. What it says of itself behind its fence is believed; of an indented one
 it is found out. Shell runs command by command and keeps directory, variables and functions within a page; Python runs
-in this process, with one namespace a page. `JOB` is the ID of a job, the service's usual address that of a real one.
+in this process, with one namespace a page. `JOB` is the ID of a job, the service's usual address that of a real one. A
+Python block whose first line names a file, and a diff, change a copy of the source, which shell commands then run from.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 from markdown_it import MarkdownIt
 
+from service.embedded import find_server
 from tests.live import REPOSITORY
 
 USUAL_URL = "http://127.0.0.1:8000"
@@ -41,7 +43,7 @@ class Block:
     page: Path
     line: int
     language: str
-    """`sh`, `python`, `json`, `nginx`, or `text`."""
+    """`sh`, `python`, `json`, `diff`, `nginx` or `text`; `unknown` where it does not say."""
     text: str
 
     def __str__(self) -> str:
@@ -83,8 +85,8 @@ def _guess(text: str) -> str:
     try:
         tree = ast.parse(text)
     except SyntaxError:
-        return "text"
-    return "python" if any(isinstance(node, ast.Import | ast.ImportFrom) for node in tree.body) else "text"
+        return "unknown"
+    return "python" if any(isinstance(node, ast.Import | ast.ImportFrom) for node in tree.body) else "unknown"
 
 
 @dataclass
@@ -96,6 +98,8 @@ class Sandbox:
     env: dict[str, str]
     job_for: Callable[[str], str]
     """The ID that `JOB` stands for in a command or a snippet."""
+    stands_for: dict[str, str] = field(default_factory=dict)
+    """Other texts of a page, ports say, and what takes their place."""
     names: dict[str, Any] = field(default_factory=dict)
     """What Python blocks have defined."""
 
@@ -106,6 +110,8 @@ class Sandbox:
         for name, script in PROGRAMS.items():
             (programs / name).write_text(f"#!/bin/sh\n{script}\n")
             (programs / name).chmod(0o755)
+        for name in ("redis-server", "redis-cli"):
+            (programs / name).symlink_to(shutil.which(name) or find_server().with_name(name))
         self.env = {
             **os.environ,
             "PYTHONPATH": str(REPOSITORY),
@@ -129,7 +135,7 @@ class Sandbox:
             env=self.env,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=200,
             check=False,
         )
         told = f"{block}: {command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
@@ -139,12 +145,31 @@ class Sandbox:
             assert statuses[-1:] == [wanted[1]], told
 
     def python(self, block: Block) -> None:
-        """Run a block here, in the page's namespace."""
+        """Run a block here, in the page's namespace; or make it the file that it says it is."""
+        if file := re.match(r"# (\w+/[\w/]+\.py)\n", block.text):
+            (self.source() / file[1]).write_text(block.text)
+            return
         code = compile(self._filled(block.text), str(block), "exec", dont_inherit=True)
         with chdir(self.folder), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of packages that a reader uses, too
             exec(code, self.names)
 
+    def diff(self, block: Block) -> None:
+        """Change the copy of the source as the block says."""
+        apply = ["git", "apply", "--recount", "--unidiff-zero", "-"]
+        done = subprocess.run(apply, input=block.text, cwd=self.source(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{block} does not fit the source any more: {done.stderr}"
+
+    def source(self) -> Path:
+        """A copy of the packages, which commands run from once there is one."""
+        copy = self.folder / ".source"
+        if not copy.exists():
+            for package in ("service", "workers"):
+                shutil.copytree(REPOSITORY / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+            self.env["PYTHONPATH"] = str(copy)
+        return copy
+
     def _filled(self, text: str) -> str:
-        text = text.replace(USUAL_URL, self.url)
+        for usual, real in {USUAL_URL: self.url, **self.stands_for}.items():
+            text = text.replace(usual, real)
         return JOB.sub(self.job_for(text), text) if JOB.search(text) else text
