@@ -9,11 +9,11 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from service.embedded import EmbeddedRedis
 from service.keys import Scope
@@ -23,7 +23,8 @@ from tests.browser import Visit
 from tests.live import Api, ServeProcess, install, spec, wait_until
 
 SERIOUS = {"serious", "critical"}
-LIGHT_AND_DARK = ("light", "dark")
+LIGHT_AND_DARK: tuple[Literal["light", "dark"], ...] = ("light", "dark")
+PHONE_WIDTH = 360
 
 
 @pytest.fixture(scope="module")
@@ -84,15 +85,17 @@ def lines(examples: list[dict[str, Any]]) -> str:
 
 
 def check_accessible(page: Page) -> None:
-    """No serious fault that axe knows, in both colour schemes; nothing is wider than the window."""
+    """No serious fault that axe knows, in both colour schemes; nothing is wider than a phone."""
     for scheme in LIGHT_AND_DARK:
-        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        page.emulate_media(color_scheme=scheme)
         found = Axe().run(page).response["violations"]
         serious = [
             (fault["id"], [node["html"] for node in fault["nodes"]]) for fault in found if fault["impact"] in SERIOUS
         ]
         assert not serious, (scheme, page.url, serious)
-    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "it scrolls sideways"
+    page.set_viewport_size({"width": PHONE_WIDTH, "height": 740})
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE_WIDTH, "it scrolls sideways"
+    page.set_viewport_size({"width": 1280, "height": 740})
 
 
 def test_from_a_submission_to_the_download(visit: Visit) -> None:
@@ -229,14 +232,63 @@ def test_a_job_that_ended_while_the_browser_was_closed_shows_its_result(chrome: 
 
 def test_a_job_is_followed_where_streams_do_not_get_through(chrome: Browser, server: ServeProcess) -> None:
     visitor = Visit(chrome, server.url)
-    visitor.page.route(
-        "**/events",
-        lambda route: route.abort() if "event-stream" in route.request.headers["accept"] else route.continue_(),
-    )
-    job_id = submit(server)
-    page = visitor.open(f"/#/jobs/{job_id}")
-    expect(page.get_by_role("heading", name="Download")).to_be_visible(timeout=30_000)
+    visitor.page.route("**/events", lambda route: route.abort() if is_stream(route) else route.continue_())
+    page = visitor.open(f"/#/jobs/{submit(server)}")
+    expect(page.get_by_role("heading", name="Download")).to_be_visible()
     visitor.end(expected_errors=True)
+
+
+def test_a_stream_that_was_cut_off_goes_on_behind_its_last_event(visit: Visit, server: ServeProcess) -> None:
+    job_id = submit(server)
+    server.http.get(f"/v1/jobs/{job_id}", params={"wait": 60})
+    first, *more = server.http.get(f"/v1/jobs/{job_id}/events").json()["data"]
+    asked_behind = []
+
+    def cut(route: Route) -> None:
+        asked_behind.append(route.request.headers.get("last-event-id"))
+        if asked_behind == [None]:
+            body = f"event: status\nid: {first['id']}\ndata: {json.dumps(first)}\n\nevent: status\nid: 9-9\nda"
+            route.fulfill(content_type="text/event-stream", body=body)
+        else:
+            route.continue_()
+
+    visit.page.route("**/events", cut)
+    # As the record is while the job runs, so that its end is waited for.
+    running = server.http.get(f"/v1/jobs/{job_id}").json() | {"status": "running", "finished_at": None}
+    visit.page.route(f"**/v1/jobs/{job_id}", lambda route: route.fulfill(json=running), times=1)
+    page = visit.open(f"/#/jobs/{job_id}")
+    expect(page.get_by_role("heading", name="Download")).to_be_visible()
+    expect(page.locator(".history li")).to_have_count(1 + len(more))
+    assert asked_behind[:2] == [None, first["id"]]
+
+
+def test_a_service_that_is_away_for_a_moment_is_asked_again(chrome: Browser, server: ServeProcess) -> None:
+    visitor = Visit(chrome, server.url)
+    job_id = long_job(server)
+    page = visitor.open(f"/#/jobs/{job_id}")
+    expect(page.locator("main .badge")).to_have_text("running")
+    visitor.context.set_offline(True)
+    server.http.post(f"/v1/jobs/{job_id}/cancel")
+    page.get_by_role("button", name="Cancel the job").click()
+    page.get_by_role("button", name="Yes, stop it").click()
+    expect(page.get_by_role("alert")).to_contain_text("The service does not answer.")
+    visitor.context.set_offline(False)
+    expect(page.locator("main .badge")).to_have_text("cancelled")
+    visitor.end(expected_errors=True)
+
+
+def is_stream(route: Route) -> bool:
+    return "event-stream" in route.request.headers["accept"]
+
+
+def test_an_adapted_model_is_tried_beside_its_base(visit: Visit, finished: str) -> None:
+    page = visit.open(f"/#/jobs/{finished}")
+    page.get_by_label("Prompt").fill("Item 3: answer")
+    page.get_by_role("button", name="Ask both").click()
+    expect(page.get_by_role("heading", name="Base model")).to_be_visible()
+    expect(page.get_by_role("button", name="Ask both")).to_be_enabled()
+    assert "…" not in page.locator(".said").all_inner_texts()
+    check_accessible(page)
 
 
 def test_a_failed_job_says_why(visit: Visit, server: ServeProcess) -> None:
@@ -246,9 +298,7 @@ def test_a_failed_job_says_why(visit: Visit, server: ServeProcess) -> None:
     check_accessible(page)
 
 
-@pytest.mark.parametrize("width", [1280, 360])
-def test_every_view_is_accessible_in_both_schemes(visit: Visit, finished: str, width: int) -> None:
-    visit.page.set_viewport_size({"width": width, "height": 740})
+def test_every_view_is_accessible_in_both_schemes_and_fits_a_phone(visit: Visit, finished: str) -> None:
     page = visit.open()
     page.get_by_role("button", name="Fill in an example task").click()
     expect(page.locator(".jobs li").first).to_be_visible()
@@ -257,8 +307,18 @@ def test_every_view_is_accessible_in_both_schemes(visit: Visit, finished: str, w
     page = visit.open(f"/#/jobs/{finished}")
     expect(page.get_by_role("heading", name="Download")).to_be_visible()
     check_accessible(page)
-    visit.open("/docs")
-    expect(page.get_by_role("heading", level=1)).to_be_visible()
+
+
+def test_the_documentation_has_every_route_and_loads_nothing_from_elsewhere(visit: Visit, server: ServeProcess) -> None:
+    page = visit.open("/docs")
+    paths = server.http.get("/openapi.json").json()["paths"]
+    for method, path in ((method, path) for path, operations in paths.items() for method in operations):
+        expect(
+            page.locator("summary code", has_text=re.compile(f"^{re.escape(f'{method.upper()} {path}')}$"))
+        ).to_be_attached()
+    page.locator("summary", has_text="Queue an adaptation.").click()
+    page.get_by_role("link", name="JobSpec").click()
+    expect(page.locator("#schema-JobSpec")).to_contain_text("strategy_options")
     check_accessible(page)
 
 
@@ -301,11 +361,13 @@ def test_a_service_with_keys_asks_for_one_and_says_what_is_wrong_with_it(
         use_key(page, f"c2i_{'x' * 43}")
         expect(page.get_by_role("alert")).to_contain_text("key")
         use_key(page, admin)
+        expect(page.get_by_role("heading", name="Download")).to_be_visible()
+        expect(page.get_by_role("heading", name="Try it")).to_have_count(0)  # off where keys are in force
         with page.expect_download() as download:
             page.get_by_role("button", name="Report as JSON").click()
         assert json.loads(Path(download.value.path()).read_text())["model"]["id"] == "tiny-llama"
         page.get_by_text("From a terminal").click()
-        expect(page.locator("pre")).to_contain_text("Authorization: Bearer $C2I_KEY")
+        expect(page.locator("section[aria-labelledby=downloads] pre")).to_contain_text("Authorization: Bearer $C2I_KEY")
         assert admin not in page.content()
         page.get_by_role("button", name="Forget the key").click()
         use_key(page, reader)

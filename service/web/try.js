@@ -32,7 +32,12 @@ export function tryPanel(id, report, signal) {
     fill(answers);
     setText(told, "Sent");
     try {
-      show(await settled(await post(`/v1/jobs/${id}/tries`, { prompt: prompt.value }, { signal })));
+      let attempt = await post(`/v1/jobs/${id}/tries`, { prompt: prompt.value }, { signal });
+      while (attempt.status === "queued" || attempt.status === "running") {
+        show(attempt);
+        attempt = await get(`/v1/jobs/${id}/tries/${attempt.id}?wait=${WAIT_SECONDS}`, signal);
+      }
+      show(attempt);
     } catch (error) {
       if (!signal.aborted) fill(trouble, alertBox(error));
     } finally {
@@ -41,32 +46,23 @@ export function tryPanel(id, report, signal) {
     }
   }
 
-  /** Wait for both answers. */
-  async function settled(attempt) {
-    while (attempt.status === "queued" || attempt.status === "running") {
-      setText(told, attempt.status === "queued" ? "Waiting for a worker …" : "The models are answering …");
-      attempt = await get(`/v1/jobs/${id}/tries/${attempt.id}?wait=${WAIT_SECONDS}`, signal);
-    }
-    return attempt;
-  }
-
-  function show(attempt) {
-    if (attempt.status === "failed") {
-      fill(trouble, alertBox(attempt.error.message));
-      return;
-    }
-    const same = attempt.base.text === attempt.adapted.text;
+  /** The answers that are there; the base model's comes first. */
+  function show({ status, base, adapted, error }) {
+    setText(told, status === "queued" ? "Waiting to be answered …" : "The models are answering …");
+    if (status === "failed") fill(trouble, alertBox(error.message));
+    if (!base && !adapted) return;
     fill(
       answers,
-      answer("Base model", attempt.base.text),
-      answer("Adapted model", attempt.adapted.text),
-      same && h("p", { class: "hint" }, "Both answer the same."),
+      answer("Base model", base),
+      answer("Adapted model", adapted),
+      base && adapted && base.text === adapted.text && h("p", { class: "hint" }, "Both answer the same."),
     );
   }
 
   return h("section", { class: "card", "aria-labelledby": "try" }, h("h2", { id: "try" }, "Try it"), form, trouble, h("div", { "aria-live": "polite" }, answers));
 }
 
-function answer(name, text) {
-  return h("div", { class: "answer" }, h("h3", {}, name), h("p", { class: "said" }, text || h("span", { class: "muted" }, "nothing")));
+function answer(name, said) {
+  const text = said === null ? "…" : said.text || h("span", { class: "muted" }, "nothing");
+  return h("div", { class: "answer" }, h("h3", {}, name), h("p", { class: "said" }, text));
 }

@@ -19,7 +19,7 @@ Every route with its parameters, bodies, answers, errors and a command that call
 
 <!-- Made by `python -m tests.docs` from the OpenAPI document; edit the routes, or tests/docs. -->
 
-The same as a machine reads it: `/openapi.json`; to try out in a browser: `/docs`.
+The same as a machine reads it: `/openapi.json`; to read in a browser: `/docs`.
 
 - Bodies are JSON in UTF-8. Times are ISO 8601 in UTC. IDs are opaque.
 - In the commands `JOB` is a job's ID and `job.json` a body of [`POST /v1/jobs`](#post-v1jobs). What follows `#` is the
