@@ -21,6 +21,7 @@ from service.webhooks.contract import Webhook, WebhookState
 
 MAX_EXAMPLES = 10_000
 MAX_CHOICES = 1_000
+MAX_TURNS = 100
 # A t-score over fewer examples separates nothing from noise.
 MIN_EXAMPLES = 8
 
@@ -84,6 +85,13 @@ class Stage(StrEnum):
 Text = Annotated[str, StringConstraints(strict=True, max_length=1_000_000)]
 
 
+class Turn(Strict):
+    """What was said in a chat before the prompt."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Text
+
+
 class Example(Strict):
     """One prompt with its gold completion and, for a closed task, the options it is one of. For a masked language
     model the prompt holds the mask token once, where the completion belongs."""
@@ -94,6 +102,13 @@ class Example(Strict):
     """The right continuation, with the blank that it begins with."""
     choices: Annotated[list[Text], Field(max_length=MAX_CHOICES)] | None = None
     """All options, the completion among them; null for an open answer."""
+    turns: Annotated[list[Turn], Field(max_length=MAX_TURNS)] | None = None
+    """In a chat, what stands before the prompt: a system message, earlier questions and their answers."""
+
+    @property
+    def chat(self) -> list[Turn]:
+        """The turns up to the answer, the prompt as the last of them."""
+        return [*(self.turns or ()), Turn(role="user", content=self.prompt)]
 
 
 Examples = Annotated[list[Example], Field(max_length=MAX_EXAMPLES)]
@@ -159,6 +174,12 @@ class JobSpec(Strict):
         for name, split in (("examples", self.examples), ("validation", self.validation), ("test", self.test)):
             for i, example in enumerate(split or ()):
                 yield f"{name}[{i}]", example
+
+    @property
+    def shared_turns(self) -> list[Turn]:
+        """What stands before the prompt in every one of `examples`; nothing where they differ."""
+        first = self.examples[0].turns or []
+        return first if all((example.turns or []) == first for example in self.examples) else []
 
     @property
     def options(self) -> StrategyOptions:
@@ -227,7 +248,7 @@ def check_examples(spec: JobSpec) -> None:
             f"at most {MAX_EXAMPLES:,} examples a job, over all three lists; there are {total:,}",
             param="examples",
         )
-    seen: dict[tuple[str, frozenset[str]], tuple[str, str, str]] = {}
+    seen: dict[tuple[str, frozenset[str], str], tuple[str, str, str]] = {}
     for name, split in (("examples", spec.examples), ("validation", spec.validation), ("test", spec.test)):
         if split is None:
             continue
@@ -236,7 +257,11 @@ def check_examples(spec: JobSpec) -> None:
         for i, example in enumerate(split):
             at = f"{name}[{i}]"
             _check_example(example, at)
-            key = (example.prompt, frozenset(example.choices or ()))
+            if example.turns and spec.prompt_format is not PromptFormat.CHAT:
+                raise InvalidInput(
+                    "turns stand before a prompt in a chat; `prompt_format` is `chat`", param=f"{at}.turns"
+                )
+            key = (example.prompt, frozenset(example.choices or ()), repr(example.turns or []))
             first_at, first_name, completion = seen.setdefault(key, (at, name, example.completion))
             if completion != example.completion:
                 raise InvalidInput(

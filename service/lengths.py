@@ -70,7 +70,7 @@ def check_lengths(model: Model, spec: JobSpec) -> None:
     answers = list(dict.fromkeys(answer for _, example in long for answer in _answers(example)))
     lengths = dict(zip(answers, _count(tokenizer, answers), strict=True))
     # Prompt and answer together, as the worker does: a token may span their border.
-    longest = [(example.prompt, max(_answers(example), key=lambda answer: lengths[answer])) for _, example in long]
+    longest = [(_prompt(example), max(_answers(example), key=lambda answer: lengths[answer])) for _, example in long]
     if model.mask_token is not None:
         whole = [fill(prompt, model.mask_token, answer) for prompt, answer in longest]
         special = tokenizer.num_special_tokens_to_add(False)
@@ -121,7 +121,7 @@ def check_total(model: Model, spec: JobSpec, limit: int) -> None:
     if path.is_file():
         status = path.stat()
         growth = _growth(path, status.st_size, status.st_mtime_ns)
-        most = sum(len(text.encode()) for one in examples for text in (one.prompt, *_answers(one)))
+        most = sum(len(text.encode()) for one in examples for text in (_prompt(one), *_answers(one)))
         if growth is not None and growth * most <= limit:
             return
     total = 0
@@ -137,7 +137,7 @@ def _pieces(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
     """Examples that are counted in one go."""
     start = size = 0
     for at, example in enumerate(examples):
-        size += sum(len(text) for text in (example.prompt, *_answers(example)))
+        size += sum(len(text) for text in (_prompt(example), *_answers(example)))
         if size >= PIECE_CHARACTERS:
             yield examples[start : at + 1]
             start, size = at + 1, 0
@@ -159,7 +159,7 @@ class Tokens:
 def count(model: Model, examples: Sequence[Example]) -> Tokens:
     """The tokens of examples; where the model has no `tokenizer.json`, one for each four bytes."""
     answers = [answer for example in examples for answer in _answers(example)]
-    texts = list(dict.fromkeys([*(example.prompt for example in examples), *answers]))
+    texts = list(dict.fromkeys([*map(_prompt, examples), *answers]))
     path = model.folder / "tokenizer.json"
     if path.is_file():
         status = path.stat()
@@ -168,7 +168,7 @@ def count(model: Model, examples: Sequence[Example]) -> Tokens:
         counted = [-(-len(text.encode()) // BYTES_A_TOKEN) for text in texts]
     length = dict(zip(texts, counted, strict=True))
     of_answers = sum(length[answer] for answer in answers)
-    return Tokens(len(examples), sum(length[example.prompt] for example in examples) + of_answers, of_answers)
+    return Tokens(len(examples), sum(length[_prompt(example)] for example in examples) + of_answers, of_answers)
 
 
 def _count(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
@@ -191,12 +191,17 @@ def _special_prefix(tokenizer: Tokenizer) -> int:
     return next((start for start in range(len(full)) if full[start : start + len(bare)] == bare), 0)
 
 
+def _prompt(example: Example) -> str:
+    """The prompt with what was said before it; what a chat template writes between is not counted."""
+    return "".join(turn.content for turn in example.chat) if example.turns else example.prompt
+
+
 def _answers(example: Example) -> Sequence[str]:
     return example.choices or (example.completion,)
 
 
 def _bytes(example: Example) -> int:
-    return len(example.prompt.encode()) + max(len(answer.encode()) for answer in _answers(example))
+    return len(_prompt(example).encode()) + max(len(answer.encode()) for answer in _answers(example))
 
 
 @lru_cache(maxsize=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from service import lengths, models
 from service.errors import InvalidInput
-from service.jobs import Example, JobSpec, PromptFormat
+from service.jobs import Example, JobSpec, PromptFormat, Turn
 from tests import tiny
 from tests.plain import EXAMPLES
 from workers.examples import Encoded, Layout, Tokenizer, batches, encode
@@ -131,6 +131,18 @@ def test_a_chat_prompt_is_a_users_turn_and_the_completion_the_assistants() -> No
     assert tokenizer.decode(found.continuations[0]) == "France"  # a turn begins without the blank
     assert found.labels == (" France",)
     assert found.prompt[0] == tokenizer.convert_tokens_to_ids("<|user|>")
+
+
+def test_turns_stand_before_the_prompt_of_a_chat() -> None:
+    tokenizer = bpe()
+    roles: tuple[Literal["system", "user", "assistant"], ...] = ("system", "user", "assistant")
+    turns = [Turn(role=role, content=f"{k}") for k, role in enumerate(roles)]
+    (found,) = encoded(tokenizer, Example(prompt="City", completion="yes", turns=turns), chat=True)
+    whole = "<|system|>0<|end|><|user|>1<|end|><|assistant|>2<|end|><|user|>City<|end|><|assistant|>"
+    assert tokenizer.decode(found.prompt) == whole
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('x') }}{% endif %}"
+    with pytest.raises(InvalidInput, match="some take no system message"):
+        encoded(tokenizer, Example(prompt="City", completion="yes", turns=turns), chat=True)
 
 
 def test_a_chat_template_that_writes_bos_gets_no_second_one() -> None:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from service import lengths
 from service.errors import InvalidInput, UnusableModel
 from service.jobs import JobSpec
-from service.lengths import check_lengths
+from service.lengths import check_lengths, check_total
 from service.models import Model, resolve
 from tests import tiny
 from tests.live import install, spec
@@ -70,6 +70,17 @@ def test_a_normalizer_that_is_not_known_leaves_no_shortcut(model: Model) -> None
     status = (model.folder / "tokenizer.json").stat()
     key = (model.folder / "tokenizer.json", status.st_size, status.st_mtime_ns)
     assert lengths._growth(*key) is None
+
+
+def test_what_was_said_before_a_prompt_counts(model: Model) -> None:
+    turns = [{"role": "system", "content": "x7" * 300}]
+    examples = [one | {"turns": turns} for one in tiny.learnable_examples(12)]
+    long = JobSpec.parse(spec(examples=examples, prompt_format="chat"))
+    with pytest.raises(InvalidInput, match="context"):
+        check_lengths(model, long)
+    with pytest.raises(InvalidInput, match="tokens or more together"):
+        check_total(model, long, 2_000)
+    check_total(model, with_prompt("x", prompt_format="chat"), 2_000)
 
 
 def test_a_replacement_that_lengthens_its_text_is_reckoned_with(model: Model) -> None:

@@ -59,6 +59,14 @@ def chats(count: int = 12) -> list[dict[str, Any]]:
     ]
 
 
+def user(text: str = "hello") -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str = " yes", **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
 def upload(client: OpenAI, *objects: Any, name: str = "train.jsonl") -> str:
     content = lines(*(objects or tiny.learnable_examples(12)))
     return client.files.create(file=(name, content), purpose="fine-tune").id
@@ -257,6 +265,23 @@ def test_a_file_of_messages_is_a_chat(api: OpenAI, shared_api: Api) -> None:
     assert api.files.content(f"file-{job.id}-examples").read() == lines(*chats())
 
 
+def test_a_system_message_and_earlier_turns_stand_before_the_prompt(api: OpenAI, shared_api: Api) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    lately = [{"role": "developer", "content": "Be brief."}, user("Hi"), assistant("Yes?")]
+    content = [{"messages": [*(lately if k else [system]), *one["messages"]]} for k, one in enumerate(chats())]
+    job = create(api, upload(api, *content))
+    spec = shared_api.service.store.get_input(job.id)
+    turns = [[turn.role for turn in example.turns or ()] for example in spec.examples]
+    assert turns == [["system"], *[["system", "user", "assistant"]] * 11]
+    assert spec.examples[0].prompt == "Item 0: answer"
+    assert (spec.examples[1].turns or [])[0].content == "Be brief."
+    assert spec.shared_turns == []
+    again = create(api, f"file-{job.id}-examples")  # a job's own file makes the same job
+    assert shared_api.service.store.get_input(again.id) == spec
+    one_system = create(api, upload(api, *({"messages": [system, *one["messages"]]} for one in chats())))
+    assert [turn.role for turn in shared_api.service.store.get_input(one_system.id).shared_turns] == ["system"]
+
+
 def test_settings_go_through_and_are_shown(api: OpenAI, shared_api: Api) -> None:
     settings = {"strategy": "laser", "strategy_options": {"sample": 3}, "max_drift": 0.5, "objective": "completion"}
     job = create(api, method=ours(**settings), seed=3)
@@ -291,14 +316,6 @@ def test_a_script_for_supervised_fine_tuning_is_told_what_became_of_its_settings
 
 
 GOOD = tiny.learnable_examples(12)
-
-
-def user(text: str = "hello") -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str = " yes", **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": text, **more}
 
 
 @pytest.mark.parametrize(

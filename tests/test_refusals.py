@@ -38,6 +38,8 @@ def refused(response: httpx.Response, status: int, code: str, param: str | None)
 
 SAME = {"prompt": "Item 0: answer", "completion": " no", "choices": [" yes", " no", " red"]}
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+
 BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ("no examples", {"examples": []}, "examples"),
     ("examples left out", {"examples": ...}, "examples"),
@@ -68,6 +70,17 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
         "examples",
     ),
     ("an unknown field", {"epochs": 3}, "epochs"),
+    ("turns without a chat", {"examples": examples(turns=[SYSTEM])}, "examples[3].turns"),
+    (
+        "a turn of nobody",
+        {"prompt_format": "chat", "examples": examples(turns=[{"content": ""}])},
+        "examples[3].turns[0].role",
+    ),
+    (
+        "a contradiction behind the same turns",
+        {"prompt_format": "chat", "examples": [*examples(0, turns=[SYSTEM]), SAME | {"turns": [SYSTEM]}]},
+        "examples[12].completion",
+    ),
     ("an unknown strategy", {"strategy": "magic"}, "strategy"),
     ("an option of another strategy", {"strategy_options": {"matrices": 3}}, "strategy_options.matrices"),
     ("options that are a list", {"strategy": "laser", "strategy_options": []}, "strategy_options"),

@@ -44,6 +44,7 @@ TASKS = [
     ("bert", "text"),
 ]
 
+SYSTEM = {"role": "system", "content": "Be brief."}
 TinyModels = Callable[..., Path]
 
 
@@ -110,7 +111,9 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_models: TinyModels) -> 
             {"prompt": f"{'<mask>' if architecture == 'roberta' else '[MASK]'} item {i}", "completion": " yes"}
             for i in range(8)
         ]
-        changes = {"examples": examples} if architecture in tiny.MASKED else {}
+        if prompt_format == "chat":
+            examples = [one | {"turns": [SYSTEM]} for one in tiny.learnable_examples(12)]
+        changes = {"examples": examples} if architecture in tiny.MASKED or prompt_format == "chat" else {}
         jobs[architecture, prompt_format] = publish(api, folder, prompt_format=prompt_format, **changes)
     yield World(api, worker, log, jobs)
     api.stop()
@@ -126,7 +129,7 @@ def reference(folder: Path, base: Path, prompt: str, prompt_format: str, max_tok
         logits = AutoModelForMaskedLM.from_pretrained(folder)(**inputs).logits[0]
         return str(tokenizer.decode(logits[inputs["input_ids"][0] == tokenizer.mask_token_id].argmax(-1)))
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    turns = [{"role": "user", "content": prompt}]
+    turns = [SYSTEM, {"role": "user", "content": prompt}]  # as all of the job's examples begin
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     inputs = tokenizer(text if prompt_format == "chat" else prompt, return_tensors="pt")
     out = model.generate(**inputs, do_sample=False, max_new_tokens=max_tokens)[0, inputs["input_ids"].shape[1] :]

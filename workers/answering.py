@@ -25,7 +25,7 @@ from service import models
 from service.artifacts import ArtifactStore
 from service.connections import connect
 from service.errors import C2IError, Conflict, InternalError, InvalidInput, NotFound, UnusableModel
-from service.jobs import ArtifactFile, JobSpec, PromptFormat
+from service.jobs import ArtifactFile, JobSpec, PromptFormat, Turn
 from service.lengths import check_room
 from service.logs import named
 from service.masks import check_prompt
@@ -143,7 +143,8 @@ def encode_prompt(base: Checkpoint, spec: JobSpec, context: int | None, question
             check_room(len(tokens), 0, context)
         else:
             chat = spec.prompt_format is PromptFormat.CHAT
-            text = render(tokenizer, [question.prompt])[0] if chat else question.prompt
+            turns = [*spec.shared_turns, Turn(role="user", content=question.prompt)]
+            text = render(tokenizer, [turns])[0] if chat else question.prompt
             bare = tokenizer([text], add_special_tokens=False)["input_ids"][0]
             tokens = [*([] if chat else special_prefix(tokenizer)), *bare]
             check_room(len(tokens), question.max_tokens, context)

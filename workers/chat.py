@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Protocol
 
 from service.errors import InvalidInput
+from service.jobs import Turn
 
 # Of the processor: a thousand prompts take a second with the longest templates in use.
 SECONDS = 5.0
@@ -39,21 +40,21 @@ class _TooSlow(BaseException):
     """Not to be caught by what it interrupts."""
 
 
-def render(tokenizer: ChatTokenizer, prompts: Sequence[str]) -> list[str]:
-    """Each prompt as the turn of a user, up to where the answer begins. In a process's main thread only.
+def render(tokenizer: ChatTokenizer, chats: Sequence[Sequence[Turn]]) -> list[str]:
+    """Each chat, which ends with a user's turn, up to where the answer begins. In a process's main thread only.
 
     Raises:
-        InvalidInput: there is no template, or it fails, takes too long or makes too much of a prompt.
+        InvalidInput: there is no template, or it fails, takes too long or makes too much of a chat.
     """
     if not tokenizer.chat_template:
         raise _refused("the model's tokenizer has no chat template")
     try:
-        with _bounded(SECONDS + SECONDS_A_PROMPT * len(prompts)):
+        with _bounded(SECONDS + SECONDS_A_PROMPT * len(chats)):
             rendered = [
                 tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+                    [turn.model_dump() for turn in chat], add_generation_prompt=True, tokenize=False
                 )
-                for prompt in prompts
+                for chat in chats
             ]
     except _TooSlow:
         raise _refused(f"the model's chat template takes more than {SECONDS:g} s") from None
@@ -61,10 +62,12 @@ def render(tokenizer: ChatTokenizer, prompts: Sequence[str]) -> list[str]:
         raise _refused(f"the model's chat template takes more than {MEMORY_BYTES / 1e6:.0f} MB of memory") from None
     except Exception as error:
         # What it says may hold the prompt.
-        raise _refused(f"the model's chat template fails on a user's turn ({type(error).__name__})") from None
-    for prompt, text in zip(prompts, rendered, strict=True):
-        if len(text) > MAX_COPIES * len(prompt) + MAX_ADDED:
-            raise _refused(f"the model's chat template makes {len(text):,} characters of a prompt of {len(prompt):,}")
+        turns = "a user's turn" if all(len(chat) == 1 for chat in chats) else "these turns; some take no system message"
+        raise _refused(f"the model's chat template fails on {turns} ({type(error).__name__})") from None
+    for chat, text in zip(chats, rendered, strict=True):
+        given = sum(len(turn.content) for turn in chat)
+        if len(text) > MAX_COPIES * given + MAX_ADDED:
+            raise _refused(f"the model's chat template makes {len(text):,} characters of a prompt of {given:,}")
     return rendered
 
 

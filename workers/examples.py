@@ -81,7 +81,7 @@ def encode(
             a chat format without a chat template.
     """
     if prompt_format is PromptFormat.CHAT:
-        prompts = render(tokenizer, [example.prompt for example in examples])
+        prompts = render(tokenizer, [example.chat for example in examples])
         continuations = [[c.lstrip() for c in example.choices or [example.completion]] for example in examples]
         prefix: list[int] = []  # the template writes its own special tokens
     else:

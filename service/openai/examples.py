@@ -10,12 +10,12 @@ from pydantic import Field, ValidationError
 
 from service import jsonl
 from service.errors import InvalidInput
-from service.jobs import MAX_CHOICES, MAX_EXAMPLES, Example, PromptFormat, Text, invalid_input
+from service.jobs import MAX_CHOICES, MAX_EXAMPLES, MAX_TURNS, Example, PromptFormat, Text, Turn, invalid_input
 from service.strict import Strict
 
 
 class Message(Strict):
-    """One turn of a chat."""
+    """One turn of a chat. `developer` is OpenAI's newer word for `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text
@@ -25,7 +25,7 @@ class Message(Strict):
 class Chat(Strict):
     """A line of `messages`. `choices` is ours: the answers that the last message is one of."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_TURNS)]
     choices: Annotated[list[Text], Field(max_length=MAX_CHOICES)] | None = None
 
 
@@ -96,6 +96,9 @@ def _of_chat(messages: Sequence[Message], choices: list[str] | None) -> Example:
         raise InvalidInput("the last message is what is learned; 1", param=f"messages[{last}].weight")
     if last == 0 or messages[last - 1].role != "user":
         raise InvalidInput("before the answer stands a message of role `user`", param=f"messages[{max(last - 1, 0)}]")
-    if last > 1:
-        raise InvalidInput("one message of role `user` and one of role `assistant`, no more", param="messages[0]")
-    return Example(prompt=messages[last - 1].content, completion=messages[last].content, choices=choices)
+    before = [
+        Turn(role="system" if turn.role == "developer" else turn.role, content=turn.content)
+        for turn in messages[: last - 1]
+    ]
+    prompt, completion = messages[last - 1].content, messages[last].content
+    return Example(prompt=prompt, completion=completion, choices=choices, turns=before or None)

@@ -94,6 +94,7 @@ def jsonl(examples: Sequence[Example], prompt_format: PromptFormat) -> bytes:
 def _line(example: Example, *, chat: bool) -> bytes:
     line = example.model_dump(exclude_none=True)
     if chat:
-        answer = {"role": "assistant", "content": line.pop("completion")}
-        line = {"messages": [{"role": "user", "content": line.pop("prompt")}, answer], **line}
+        before = line.pop("turns", [])
+        question = {"role": "user", "content": line.pop("prompt")}
+        line = {"messages": [*before, question, {"role": "assistant", "content": line.pop("completion")}], **line}
     return json.dumps(line, ensure_ascii=False).encode() + b"\n"
