@@ -21,29 +21,25 @@ class JsonLines:
     lines: list[int]
 
 
-def read(path: Path) -> JsonLines:
-    """Read a file; empty lines are skipped.
+def decode(name: str, content: bytes) -> str:
+    """The text of a file of this name, without the mark that some editors begin it with.
 
     Raises:
-        InvalidInput: it cannot be read, or a line is not JSON.
+        InvalidInput: it is no text.
     """
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InvalidInput(f"{path}: {error.strerror}") from None
-    return parse(str(path), content)
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise InvalidInput(f"{name}: not UTF-8 text") from None
 
 
 def parse(name: str, content: bytes) -> JsonLines:
-    """The lines of a file of this name.
+    """The lines of a file of this name; empty ones are skipped.
 
     Raises:
         InvalidInput: a line is not JSON.
     """
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise InvalidInput(f"{name}: not UTF-8 text") from None
+    text = decode(name, content)
     found = JsonLines(name, [], [])
     # Not splitlines: it would also split at U+2028 inside a string.
     for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):

@@ -22,7 +22,7 @@ Data = Annotated[Path | None, typer.Option(help="Data folder of the service, whe
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 UNITS = {"d": "days", "h": "hours", "m": "minutes"}
 
-keys_app = typer.Typer(help="API keys, on the service's own machine.", no_args_is_help=True)
+keys_app = typer.Typer(help="API keys, on the service's own machine.\n\nExample: c2i keys list", no_args_is_help=True)
 
 
 @keys_app.command()
@@ -34,7 +34,10 @@ def create(
     data: Data = None,
     as_json: AsJson = False,
 ) -> None:
-    """Create a key and print it, this once: only its sha256 is stored."""
+    """Create a key and print it, this once: only its sha256 is stored.
+
+    Example: c2i keys create --name laptop --expires 30d
+    """
     wanted, lifetime = _scopes(scopes), _lifetime(expires)
     with _keys(data) as keys:
         text, key = keys.create(name, wanted, lifetime)
@@ -47,13 +50,25 @@ def create(
 
 @keys_app.command("list")
 def list_keys(data: Data = None, as_json: AsJson = False) -> None:
-    """List the keys: never their text, which is not stored."""
+    """List the keys: never their text, which is not stored.
+
+    Example: c2i keys list
+    """
     with _keys(data) as keys:
         found = keys.list_keys()
     if as_json:
         print(json.dumps([_shown(key) for key in found]))
         return
-    table = Table(Column("id", no_wrap=True, min_width=20), "name", "scopes", "created", "expires", "state", box=None)
+    table = Table(
+        Column("id", no_wrap=True, min_width=20),
+        "name",
+        "scopes",
+        "created",
+        "expires",
+        "state",
+        box=None,
+        pad_edge=False,
+    )
     for key in found:
         table.add_row(
             key.id,
@@ -72,7 +87,10 @@ def revoke(
     data: Data = None,
     as_json: AsJson = False,
 ) -> None:
-    """End a key with the next request that uses it. Its jobs stay, for admin keys to see."""
+    """End a key with the next request that uses it. Its jobs stay, for admin keys to see.
+
+    Example: c2i keys revoke ID
+    """
     with _keys(data) as keys:
         revoked = keys.revoke(key)
     print(json.dumps(_shown(revoked)) if as_json else f"{revoked.id} is revoked")

@@ -18,7 +18,10 @@ def worker(
     data: Annotated[Path | None, typer.Option(help="Data folder, the same as the service's.")] = None,
     tries: Annotated[bool, typer.Option("--tries", help="Answer tries, and take no jobs.")] = False,
 ) -> None:
-    """Take jobs from the queue at REDIS_URL until stopped. `c2i serve` starts workers itself."""
+    """Take jobs from the queue at REDIS_URL until stopped. `c2i serve` starts workers itself.
+
+    Example: c2i worker --data ./data
+    """
     settings = Settings.load(data=data)
     logs.configure(settings.log_level)
     if settings.redis_url is None:
@@ -47,14 +50,19 @@ def models_add(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub; main, if not given.")] = None,
     data: Annotated[Path | None, typer.Option(help="Data folder, the same as the service's.")] = None,
 ) -> None:
-    """Put a model into the data folder; one that is there already is left alone."""
+    """Put a model into the data folder; one that is there already is left alone.
+
+    Example: c2i models add smollm2-135m-instruct
+    """
     from workers.catalogue import add_model  # noqa: PLC0415 - imports the Hub's client
 
     add_model(model, Settings.load(data=data).data, revision=revision)
 
 
 def adapt(
-    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="One example a line.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", allow_dash=True, help="JSON lines or CSV, an example a line; - for stdin.")
+    ],
     model: Annotated[str, typer.Option(help="ID of an installed model; `c2i models` lists them.")],
     out: Annotated[Path, typer.Option(help="A new folder for adapter/, model/ and report.json.")],
     passes: Annotated[int, typer.Option(help="Rounds of backward, ranking and search, 1 to 8.")] = 1,
@@ -72,7 +80,10 @@ def adapt(
     data: Annotated[Path | None, typer.Option(help="Data folder, the same as the service's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
 ) -> None:
-    """Adapt a model here and now, without the service. Writes the same artifacts as a job."""
+    """Adapt a model here and now. Writes the same artifacts as a job.
+
+    Example: c2i adapt task.jsonl --model smollm2-135m-instruct --passes 4 --out adapted
+    """
     go_offline()
     from workers.local import run  # noqa: PLC0415 - imports torch
 
@@ -101,7 +112,10 @@ def bench(
     seeds: Annotated[int, typer.Option(help="How many shuffles of each task's rows.")] = 3,
     rows: Annotated[str, typer.Option(help="Rows of the gradient, selection and test split.")] = "100,100,300",
 ) -> None:
-    """Hold the method against its peers, on the same rows. Models and cache are those of C2I_DATA."""
+    """Hold the method against its peers, on the same rows. Models and cache are those of C2I_DATA.
+
+    Example: c2i bench --data tasks --model smollm2-135m-instruct --out results
+    """
     go_offline()
     from workers.benchmark.command import run_bench  # noqa: PLC0415 - imports torch
 

@@ -6,16 +6,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import typer
 from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
 
-from service import jsonl, models
+from service import example_files, jsonl, models
 from service.errors import InvalidInput
 from service.jobs import JobSpec, Stage
-from service.reports import Metrics, Report
+from service.reports import Report
 from service.settings import Settings
+from service.terminal import draw, progress_bar
 from workers.adaptation import adapt
 
 Rows = tuple[int | None, int, int | None]
@@ -34,7 +32,7 @@ def run(file: Path, fields: dict[str, object], out: Path, settings: Settings, *,
     """
     if out.exists():
         raise InvalidInput(f"{out} exists already; name a new folder", param="out")
-    lines = jsonl.read(file)
+    lines = example_files.read(file)
     try:
         spec = JobSpec.parse({**fields, **_divide(lines.objects, rows)})
     except InvalidInput as error:
@@ -51,16 +49,18 @@ def run(file: Path, fields: dict[str, object], out: Path, settings: Settings, *,
         raise _locate(error, lines, rows) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    typer.echo(report.model_dump_json(indent=2) if as_json else summary(report, out))
+    if as_json:
+        print(report.model_dump_json(indent=2))
+    else:
+        draw(report, Console())
+        print(f"Written to {out}")
 
 
 def _adapt(spec: JobSpec, model: models.Model, out: Path, cache: Path) -> Report:
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=100)
+    with progress_bar(Console(stderr=True)) as bar:
 
         def on_progress(stage: Stage, percent: float, eta_seconds: float | None, message: str) -> None:
-            bar.update(task, completed=percent, description=message)
+            bar.show(percent, f"{stage.value}: {message}", eta_seconds)
 
         return adapt(spec, model, out, cache=cache, on_progress=on_progress)
 
@@ -89,24 +89,3 @@ def _locate(error: InvalidInput, lines: jsonl.JsonLines, rows: Rows) -> InvalidI
         name: jsonl.JsonLines(lines.name, lines.objects[start:], lines.lines[start:]) for name, start in starts.items()
     }
     return jsonl.locate(error, files)
-
-
-def summary(report: Report, out: Path) -> str:
-    """The verdict and a small table."""
-    shown = [("base", report.base), ("after one pass", report.after_first_pass), ("returned", report.adapted)]
-    lines = [report.verdict, "", f"{'':16}{'accuracy':>10}{'exact match':>13}{'loss':>9}"]
-    lines += [_line(name, metrics) for name, metrics in shown if metrics is not None]
-    cost = report.cost
-    lines += [
-        "",
-        f"Removed {report.removed.components} of {report.model.components:,} components in "
-        f"{report.removed.modules} of {report.model.target_modules} modules; {report.drift}. {report.outlook.message}",
-        f"Adaptation {cost.adaptation_fb:.1f} FB of {cost.fb_seconds:.1f} s; peak memory "
-        f"{cost.peak_memory_bytes / 2**30:.1f} GiB; adapter {cost.adapter_bytes / 1e6:.1f} MB. Written to {out}",
-    ]
-    return "\n".join(lines)
-
-
-def _line(name: str, metrics: Metrics) -> str:
-    accuracy = "-" if metrics.accuracy is None else f"{metrics.accuracy:.3f}"
-    return f"{name:16}{accuracy:>10}{metrics.exact_match:>13.3f}{metrics.loss:>9.3f}"

@@ -12,7 +12,10 @@ from service.errors import NotFound
 from service.keys_cli import AsJson, Data
 from service.settings import Settings
 
-webhooks_app = typer.Typer(help="Signed messages of jobs' ends, on the service's own machine.", no_args_is_help=True)
+webhooks_app = typer.Typer(
+    help="Signed messages of jobs' ends, on the service's own machine.\n\nExample: c2i webhooks secret",
+    no_args_is_help=True,
+)
 
 
 @webhooks_app.callback()
@@ -27,7 +30,10 @@ def secret(
     data: Data = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the secret that signs the messages of a key's jobs; without --key, of jobs submitted without one."""
+    """Print the secret that signs the messages of a key's jobs; without --key, of jobs submitted without one.
+
+    Example: c2i webhooks secret --key ID
+    """
     from service.connections import connect  # noqa: PLC0415
     from service.embedded import reach_redis  # noqa: PLC0415 - the other commands need no Redis
     from service.keys import KeyStore  # noqa: PLC0415

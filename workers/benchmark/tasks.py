@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from service import jsonl
+from service import example_files, jsonl
 from service.errors import InvalidInput
 from service.jobs import Example, JobSpec
 
@@ -68,7 +68,7 @@ def find_tasks(folder: Path, names: Sequence[str] | None) -> list[Task]:
 
 
 def _read(path: Path) -> Task:
-    read = jsonl.read(path)
+    read = example_files.read(path)
     seen: dict[object, int] = {}
     for i, row in enumerate(read.objects):
         seen.setdefault(_identity(row), i)

@@ -1,0 +1,83 @@
+"""Commands on jobs that are there: watch, jobs, cancel, delete."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.table import Column, Table
+from rich.text import Text
+
+from service.commands.following import end, follow
+from service.commands.options import DEFAULT_URL, AsJson, JobArgument, Url, connect, console
+from service.jobs import Job
+
+# A worker has ten seconds to stop its job.
+STOP_SECONDS = 30
+
+
+def watch(job: JobArgument, as_json: AsJson = False, url: Url = DEFAULT_URL) -> None:
+    """Show a job's progress until it ends.
+
+    Example: c2i watch JOB
+    """
+    with connect(url) as client:
+        end(follow(client, job), as_json=as_json)
+
+
+def jobs(
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
+    as_json: AsJson = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """List your jobs, newest first.
+
+    Example: c2i jobs --limit 100
+    """
+    with connect(url) as client:
+        found = list(client.jobs(limit=limit))
+    if as_json:
+        print(json.dumps([job.model_dump(mode="json") for job in found]))
+        return
+    if not found:
+        print("No jobs yet. `c2i submit FILE --model ID` makes one.")
+        return
+    table = Table(
+        Column("job", no_wrap=True), "status", Column("model", overflow="fold"), "created", "", box=None, pad_edge=False
+    )
+    for job in found:
+        created = f"{job.created_at.astimezone():%m-%d %H:%M}"
+        table.add_row(job.id, job.status.value, Text(job.model), created, Text(_in_brief(job)))
+    console.print(table)
+
+
+def _in_brief(job: Job) -> str:
+    if job.result:
+        return f"{job.result.difference.metric.replace('_', ' ')} {job.result.difference.value:+.3f}"
+    if job.error:
+        return job.error.code
+    if job.progress.queue_position:
+        return f"place {job.progress.queue_position}"
+    return "" if job.status.terminal else f"{job.progress.percent:.0f} %"
+
+
+def cancel(job: JobArgument, as_json: AsJson = False, url: Url = DEFAULT_URL) -> None:
+    """Stop a job and wait until its process is gone.
+
+    Example: c2i cancel JOB
+    """
+    with connect(url) as client:
+        client.cancel(job)
+        ended = client.wait(job, timeout=STOP_SECONDS)
+    print(ended.model_dump_json() if as_json else f"{ended.id} is {ended.status.value}")
+
+
+def delete(job: JobArgument, url: Url = DEFAULT_URL) -> None:
+    """Forget a job that has ended, with its examples and files.
+
+    Example: c2i delete JOB
+    """
+    with connect(url) as client:
+        client.delete(job)
+    print(f"{job} is deleted")
