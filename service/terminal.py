@@ -1,6 +1,6 @@
 """What an adaptation looks like in a terminal: a bar while it runs, then the verdict, a table and a map.
 
-Everything fits 80 columns and says the same without colour; where no terminal is, a step is a plain line.
+Everything fits 80 columns and says the same without colour; where no terminal is, a step or a sentence is a line.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskProgressColumn, TextColumn
@@ -76,13 +77,14 @@ def clock(seconds: float) -> str:
 
 def draw(report: Report, console: Console) -> None:
     """The verdict, the figures on the test split, where components were removed, and what it took."""
-    console.print(Text(report.verdict, style="bold"))
+    prose = partial(console.print, soft_wrap=not console.is_terminal)  # a program gets a sentence a line
+    prose(Text(report.verdict, style="bold"))
     console.print()
     console.print(_figures(report))
     console.print()
     console.print(_map(report, console))
     console.print()
-    console.print(Text(_summary(report)))
+    prose(Text(_summary(report)))
 
 
 def _figures(report: Report) -> Table:
@@ -151,7 +153,7 @@ def _labels(report: Report) -> dict[str, str]:
 
 def _level(count: int, most: int) -> int:
     """0 for none, then 1 to 4 in equal steps of the logarithm."""
-    return math.ceil(4 * math.log1p(count) / math.log1p(most)) if count else 0
+    return 1 + int(4 * math.log(count) / math.log1p(most)) if count else 0
 
 
 def _ruler(columns: int, together: int, wide: int) -> str:

@@ -109,7 +109,7 @@ def test_jobs_are_listed_and_deleted(api: Api, file: Path) -> None:
     ids = [api.submit() for _ in range(2)]
     listed = c2i(api, "jobs").stdout.splitlines()
     assert [line.split()[0] for line in listed] == ["job", *ids[::-1]]
-    assert "place 2" in listed[1]
+    assert "queued, place 2" in listed[1]
     assert [job["id"] for job in json.loads(c2i(api, "jobs", "--limit", "1", "--json").stdout)] == [ids[1]]
     c2i(api, "cancel", ids[0])
     assert "is deleted" in c2i(api, "delete", ids[0]).stdout

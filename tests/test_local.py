@@ -109,8 +109,11 @@ def test_without_json_a_person_reads_the_verdict_and_a_table(
     printed = capsys.readouterr().out
     report = Report.model_validate_json((tmp_path / "out" / "report.json").read_text())
     assert printed.startswith(report.verdict)
-    assert f"{report.base.accuracy:.3f}" in next(line for line in printed.splitlines() if line.startswith("base"))
-    assert f"{report.adapted.loss:.3f}" in next(line for line in printed.splitlines() if line.startswith("returned"))
+    accuracy = next(line for line in printed.splitlines() if line.startswith("accuracy"))
+    assert f"{report.base.accuracy:.3f}  " in accuracy
+    assert f"{report.adapted.accuracy:.3f}  " in accuracy
+    assert f"Removed {report.removed.components:,} of " in printed
+    assert "components removed: · none" in printed
     assert str(tmp_path / "out") in printed
     assert str(report.drift) in printed
 

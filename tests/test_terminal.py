@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Literal
 
 import pytest
 from rich.console import Console
@@ -39,10 +40,12 @@ def report(layers: int, removed: dict[tuple[int, str], int], passes: int = 2) ->
     return made.model_copy(update={"modules": modules, "plan": plan, "gained": 12, "lost": 3})
 
 
-def drawn(found: Report, *, width: int = 80, encoding: str = "utf-8", colour: bool = False) -> list[str]:
+def drawn(
+    found: Report, *, encoding: str = "utf-8", terminal: bool = False, colour: Literal["truecolor"] | None = None
+) -> list[str]:
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding=encoding, write_through=True)
-    draw(found, Console(file=file, width=width, force_terminal=colour, color_system="truecolor" if colour else None))
+    draw(found, Console(file=file, width=80, force_terminal=terminal, color_system=colour))
     return raw.getvalue().decode(encoding).splitlines()
 
 
@@ -50,11 +53,11 @@ def row(lines: list[str], kind: str) -> str:
     return next(line for line in lines if line.startswith(kind.rpartition(".")[2]))
 
 
-REMOVED = {(0, KINDS[0]): 1, (4, KINDS[0]): 2, (29, KINDS[0]): 40, (3, KINDS[2]): 9}
+REMOVED = {(0, KINDS[0]): 1, (4, KINDS[0]): 4, (29, KINDS[0]): 40, (3, KINDS[2]): 9}
 
 
 def test_a_report_is_a_verdict_a_table_and_a_map_in_80_columns() -> None:
-    lines = drawn(report(30, REMOVED))
+    lines = drawn(report(30, REMOVED), terminal=True)
     assert lines[0] == "no significant improvement"
     assert max(map(len, lines)) <= 80
     figures = "accuracy 0.500 0.500 0.500 +0.000 -0.100 to +0.100 1"
@@ -64,31 +67,37 @@ def test_a_report_is_a_verdict_a_table_and_a_map_in_80_columns() -> None:
     assert query == "░░" + "··" * 3 + "▒▒" + "··" * 24 + "██"
     assert key == "··" + "  " + "··" * 28
     assert down == "··" * 3 + "▓▓" + "··" * 26
-    assert [int(row(lines, kind)[70:]) for kind in KINDS] == [43, 0, 9]
+    assert [int(row(lines, kind)[70:]) for kind in KINDS] == [45, 0, 9]
     ruler = row(lines, "layer")[10:]
     assert [(number[0], number.start() // 2) for number in re.finditer(r"\d+", ruler)] == [
         (str(layer), layer) for layer in range(0, 30, 5)
     ]
-    assert "components removed: · none   ░ 1   ▒ 2   ▓ 9   █ 40" in lines
+    assert "components removed: · none   ░ 1   ▒ 4   ▓ 9   █ 40" in lines
 
 
 @pytest.mark.parametrize(("layers", "together"), [(3, 1), (40, 1), (100, 2), (500, 8)])
 def test_a_map_of_any_depth_fits_and_counts_everything(layers: int, together: int) -> None:
     removed = {(layer, kind): 1 for layer in range(layers) for kind in KINDS if (layer, kind) != (1, KINDS[1])}
     lines = drawn(report(layers, removed))
-    assert max(map(len, lines)) <= 80
+    assert max(map(len, drawn(report(layers, removed), terminal=True))) <= 80
     assert int(row(lines, KINDS[0])[-7:].replace(",", "")) == layers
     told = [line for line in lines if f"a column is {together} layers" in line]
     assert bool(told) == (together > 1)
 
 
 def test_a_map_needs_neither_colour_nor_unicode() -> None:
-    plain = drawn(report(30, REMOVED))
-    coloured = drawn(report(30, REMOVED), colour=True)
+    plain = drawn(report(30, REMOVED), terminal=True)
+    coloured = drawn(report(30, REMOVED), terminal=True, colour="truecolor")
     assert coloured != plain
     assert [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in coloured] == plain
     query = row(drawn(report(30, REMOVED), encoding="ascii"), KINDS[0])
     assert query[10:70] == "::" + ".." * 3 + "++" + ".." * 24 + "##"
+
+
+def test_a_program_gets_a_sentence_in_one_line() -> None:
+    found = report(30, REMOVED).model_copy(update={"verdict": "word " * 40})
+    assert drawn(found)[0] == found.verdict
+    assert drawn(found, terminal=True)[0] != found.verdict
 
 
 def test_a_report_that_removed_nothing_says_so_and_of_one_pass_has_no_column() -> None:

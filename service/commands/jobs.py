@@ -43,23 +43,21 @@ def jobs(
     if not found:
         print("No jobs yet. `c2i submit FILE --model ID` makes one.")
         return
-    table = Table(
-        Column("job", no_wrap=True), "status", Column("model", overflow="fold"), "created", "", box=None, pad_edge=False
-    )
+    table = Table(Column("job", no_wrap=True), "state", "created", Column("model", overflow="fold"), box=None)
     for job in found:
-        created = f"{job.created_at.astimezone():%m-%d %H:%M}"
-        table.add_row(job.id, job.status.value, Text(job.model), created, Text(_in_brief(job)))
+        table.add_row(job.id, state(job), f"{job.created_at.astimezone():%m-%d %H:%M}", Text(job.model))
     console.print(table)
 
 
-def _in_brief(job: Job) -> str:
+def state(job: Job) -> str:
+    """A job's status, with what is most worth knowing of it."""
     if job.result:
-        return f"{job.result.difference.metric.replace('_', ' ')} {job.result.difference.value:+.3f}"
+        return "improved" if job.result.improved else "no gain"
     if job.error:
-        return job.error.code
+        return f"failed: {job.error.code}"
     if job.progress.queue_position:
-        return f"place {job.progress.queue_position}"
-    return "" if job.status.terminal else f"{job.progress.percent:.0f} %"
+        return f"{job.status.value}, place {job.progress.queue_position}"
+    return job.status.value if job.status.terminal else f"{job.status.value}, {job.progress.percent:.0f} %"
 
 
 def cancel(job: JobArgument, as_json: AsJson = False, url: Url = DEFAULT_URL) -> None:
