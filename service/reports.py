@@ -136,6 +136,7 @@ class Cost(Strict):
     stages_fb: dict[str, float]
     peak_memory_bytes: int
     adapter_bytes: int
+    """Of the adapter's folder without its model card, as `model_bytes` is of the model's."""
     model_bytes: int
 
 

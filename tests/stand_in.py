@@ -14,7 +14,7 @@ import threading
 import warnings
 from pathlib import Path
 
-from service import logs
+from service import logs, report_page
 from service.errors import UnusableModel
 from service.jobs import Difference, Drift, JobSpec, Removed, Stage
 from service.models import Model
@@ -86,6 +86,7 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
     (out / "model").mkdir()
     (out / "model" / "model.safetensors").write_bytes(b"weights" * 100_000)
     report = make_report(spec)
+    (out / "report.html").write_text(report_page.render(report))
     (out / "report.json").write_text(report.model_dump_json())
     on_progress(Stage.PUBLISHING, 99.0, 0.0, "publishing")
     return report

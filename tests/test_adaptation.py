@@ -38,7 +38,7 @@ pytestmark = [
 ]
 
 TinyModels = Callable[..., Path]
-FILES = ["adapter", "model", "report.json"]
+FILES = ["adapter", "model", "report.html", "report.json"]
 
 
 class Run:
@@ -63,6 +63,10 @@ def open_answers(count: int) -> list[dict[str, Any]]:
     return [{"prompt": f"Item {i}:", "completion": answers[i % 3]} for i in range(count)]
 
 
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.name != "README.md")
+
+
 def check(run: Run) -> Report:
     """What holds for every adaptation."""
     report = run.report
@@ -78,8 +82,8 @@ def check(run: Run) -> Report:
     assert set(order) == set(Stage)
     assert set(report.cost.stages) == set(report.cost.stages_fb) == {stage.value for stage in Stage}
     assert report.cost.fb_seconds > 0
-    assert report.cost.adapter_bytes == sum(p.stat().st_size for p in (run.out / "adapter").iterdir())
-    assert report.cost.model_bytes == sum(p.stat().st_size for p in (run.out / "model").iterdir())
+    assert report.cost.adapter_bytes == size_of(run.out / "adapter")
+    assert report.cost.model_bytes == size_of(run.out / "model")
     assert max(report.verification.adapter, report.verification.model) < 1e-3
     assert report.removed.components == sum(len(entry.components) for entry in report.plan)
     assert report.removed.modules == len({entry.module for entry in report.plan})

@@ -106,7 +106,7 @@ def test_an_archive_is_the_manifest_to_the_byte(http: httpx.Client, job: str, fo
     expected = {
         f"{job}-{folder}/{file['path']}": file["sha256"]
         for file in http.get(f"/v1/jobs/{job}/files").json()["data"]
-        if file["path"].startswith((f"{folder}/", "report.json"))
+        if file["path"].startswith((f"{folder}/", "report."))
     }
     with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
         assert archive.testzip() is None
@@ -120,6 +120,43 @@ def test_the_report_is_the_published_file(http: httpx.Client, job: str) -> None:
     assert report.headers["content-type"] == "application/json"
     assert report.content == http.get(f"/v1/jobs/{job}/files/report.json").content
     assert json.loads(report.content)["verdict"] == "no significant improvement"
+
+
+HTML, JSON = "text/html; charset=utf-8", "application/json"
+
+
+@pytest.mark.parametrize(
+    ("accept", "expected"),
+    [
+        ("text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8", HTML),  # a browser's
+        ("text/html", HTML),
+        ("TEXT/HTML", HTML),
+        ("text/*", HTML),
+        ("application/json;q=0.5, text/html", HTML),
+        ("*/*", JSON),  # curl's
+        ("", JSON),
+        ("application/json", JSON),
+        ("application/json, text/html", JSON),
+        ("text/html;q=0.5, application/json", JSON),
+        ("text/html;q=0", JSON),
+        ("text/html;q=x", JSON),
+        ("image/png", JSON),
+    ],
+)
+def test_a_browser_is_shown_the_report_and_a_program_gets_it(
+    http: httpx.Client, job: str, accept: str, expected: str
+) -> None:
+    response = http.get(f"/v1/jobs/{job}/report", headers={"Accept": accept})
+    assert (response.status_code, response.headers["content-type"]) == (200, expected)
+    assert response.headers["vary"] == "Accept"
+    name = "report.html" if expected is HTML else "report.json"
+    assert response.content == http.get(f"/v1/jobs/{job}/files/{name}").content
+    etag = response.headers["etag"]
+    again = http.get(f"/v1/jobs/{job}/report", headers={"Accept": accept, "If-None-Match": etag})
+    assert (again.status_code, again.headers["vary"]) == (304, "Accept")
+    if expected is HTML:
+        assert response.headers["content-disposition"] == "inline"
+        assert response.headers["content-security-policy"].startswith("sandbox allow-scripts")
 
 
 @pytest.mark.parametrize("path", ["nothing", "adapter", "..%2f..%2finput.json", "%2fetc%2fpasswd", "adapter%00"])

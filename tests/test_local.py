@@ -80,7 +80,7 @@ def test_the_command_writes_what_a_job_does_and_prints_the_report(
     assert printed.seed == 3
     assert printed.max_drift == 100
     assert printed.improved
-    assert sorted(path.name for path in out.iterdir()) == ["adapter", "model", "report.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["adapter", "model", "report.html", "report.json"]
     assert (out.stat().st_mode & 0o777) == 0o755
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 

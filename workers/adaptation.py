@@ -1,6 +1,7 @@
 """One adaptation from top to bottom: load, decompose, search, verify, publish.
 
-`adapt` is what a job runs and what `c2i adapt` runs. It writes `adapter/`, `model/` and, last, `report.json`.
+`adapt` is what a job runs and what `c2i adapt` runs. It writes `adapter/`, `model/`, their
+model cards, `report.html` and, last, `report.json`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from service import decomposed
+from service import decomposed, report_page
 from service.errors import InvalidInput, UnusableModel
 from service.jobs import Example, JobSpec, PromptFormat, Stage
 from service.masks import check_masks
@@ -26,6 +27,7 @@ from workers.drift import NeutralText, encode_neutral, paragraphs
 from workers.evaluation import Outcome, answer_logits, evaluate, honours_tree_mask
 from workers.examples import LOGIT_BUDGET, TOKEN_BUDGET, TOKEN_BUDGET_CUDA, Encoded, Layout, batches, encode
 from workers.loading import Checkpoint, load
+from workers.model_card import write_cards
 from workers.progress import OnProgress, Progress
 from workers.pruning import applied
 from workers.ranking import Plan
@@ -129,6 +131,8 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
         ),
         progress.cost(search.clock, out),
     )
+    write_cards(out, report, model.folder, masked=base.masked)
+    (out / "report.html").write_text(report_page.render(report))
     (out / "report.json").write_text(report.model_dump_json(indent=2))
     return report
 

@@ -29,7 +29,7 @@ from workers.ranking import Plan
 from workers.spectrum import Spectrum
 from workers.targets import Target
 
-# What a tokenizer or a configuration is made of; weights are written, everything else is left behind.
+# What a tokenizer or a configuration is made of, and the licence; weights are written, everything else is left behind.
 COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 # Largest logit difference between an artifact read back and the model in memory. In 16 bits the adapter keeps the
 # removed part at full precision beside the weight and the merged weight rounds it: that rounding is allowed for.
@@ -92,7 +92,8 @@ def write_model(
     changed = {t.module_name: t for t in targets if plan.components.get(t.name)}
     folder.mkdir(parents=True)
     for path in sorted(base.folder.iterdir()):
-        if path.suffix in COPIED_SUFFIXES and path.is_file():
+        copied = path.suffix in COPIED_SUFFIXES or path.name.startswith("LICENSE")
+        if copied and path.is_file():
             shutil.copyfile(path, folder / path.name)
     owners = _tensor_owners(base, changed)  # by their content: before the plan is applied
     with applied(targets, spectra, plan):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Generator, Iterable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from typing import Annotated, Any, BinaryIO, cast
 
 from fastapi import APIRouter, Header, Response
@@ -25,10 +25,14 @@ router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["artifacts"])
 ERRORS = documented(InvalidInput, JobNotFound, NotFound, Conflict)
 MEDIA_TYPES = {
     ".json": "application/json",
+    ".html": "text/html; charset=utf-8",
     ".jinja": "text/plain; charset=utf-8",
     ".md": "text/markdown; charset=utf-8",
     ".txt": "text/plain; charset=utf-8",
 }
+
+# In every archive.
+REPORTS = ("report.html", "report.json")
 
 IfNoneMatch = Annotated[str | None, Header()]
 
@@ -65,11 +69,50 @@ class Archive(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-@router.get("/report", response_model=Report, responses=ERRORS)
+@router.get(
+    "/report",
+    response_model=Report,
+    responses={
+        **ERRORS,
+        200: {
+            "description": "The report; for `Accept: text/html`, a browser's say, `report.html`, which shows it.",
+            "content": {"text/html": {"schema": {"type": "string"}}},
+        },
+    },
+)
 @router.head("/report", include_in_schema=False)
-def get_report(caller: Reader, service: TheService, job_id: JobId, if_none_match: IfNoneMatch = None) -> Response:
-    """`report.json`: what was gained on unseen examples, what was removed, tried and measured."""
-    return get_file(caller, service, job_id, "report.json", if_none_match)
+def get_report(
+    caller: Reader,
+    service: TheService,
+    job_id: JobId,
+    if_none_match: IfNoneMatch = None,
+    accept: Annotated[str, Header(include_in_schema=False)] = "",
+) -> Response:
+    """What was gained on unseen examples, what was removed, tried and measured."""
+    shown = _prefers_html(accept)
+    response = get_file(caller, service, job_id, "report.html" if shown else "report.json", if_none_match)
+    response.headers["Vary"] = "Accept"
+    if shown and response.status_code == 200:
+        response.headers["Content-Disposition"] = "inline"
+        # It shows strangers' texts on the API's own origin: there it is to be nobody.
+        response.headers["Content-Security-Policy"] = "sandbox allow-scripts; frame-ancestors 'self'"
+    return response
+
+
+def _prefers_html(accept: str) -> bool:
+    """Whether HTML is wanted more than JSON, which is what `*/*` gets (RFC 9110, 12.5.1)."""
+    qualities: dict[str, float] = {}
+    for part in accept.lower().split(","):
+        kind, *parameters = (piece.strip() for piece in part.split(";"))
+        quality = next((given.removeprefix("q=") for given in parameters if given.startswith("q=")), "1")
+        with suppress(ValueError):
+            qualities[kind] = float(quality)
+
+    def quality_of(kind: str) -> float:
+        matching = (kind, f"{kind.partition('/')[0]}/*", "*/*")
+        return next((qualities[name] for name in matching if name in qualities), 0.0)
+
+    return quality_of("text/html") > quality_of("application/json")
 
 
 @router.get("/files", responses=ERRORS)
@@ -151,7 +194,7 @@ def _members(service: Service, job: Job, folder: str) -> list[ArtifactFile]:
     there = service.store.files(job.id, job.attempt)
     if not any(file.path.startswith(f"{folder}/") for file in there):
         raise NotFound(f"the job published no {folder}")
-    return [file for file in there if file.path.startswith(f"{folder}/") or file.path == "report.json"]
+    return [file for file in there if file.path.startswith(f"{folder}/") or file.path in REPORTS]
 
 
 def _zip(service: Service, files: Iterable[ArtifactFile], name: str, opened: ExitStack) -> ZipStream:

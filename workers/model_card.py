@@ -1,0 +1,283 @@
+"""The model cards, `README.md` of `adapter/` and `model/`: what was done, what it brought, how to load it.
+
+Their front matter is the Hugging Face Hub's (https://huggingface.co/docs/hub/model-cards). A card is made to be
+published, so no text of an example stands in it. Labels do, where they are few, short and shared by examples: who
+loads the model must offer it these continuations.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from service.jobs import PromptFormat
+from service.reports import Metrics, Report
+
+MOST_LABELS = 12
+LONGEST_LABEL = 24
+# What vLLM's `--max-lora-rank` may be.
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# Of a base's own card, so much is read.
+CARD_BYTES = 65536
+COMMIT = re.compile(r"[0-9a-f]{40}")
+# A licence's ID in a card's front matter, and what the texts of the commonest say.
+LICENSE_LINE = re.compile(r"^license:\s*[\"']?([a-z0-9][a-z0-9.+-]{1,40})[\"']?\s*$", re.MULTILINE)
+LICENSE_TEXTS = {
+    "apache-2.0": r"Apache License\s+Version 2\.0",
+    "mit": r"Permission is hereby granted, free of charge, to any person obtaining a copy",
+    "gpl-3.0": r"GNU GENERAL PUBLIC LICENSE\s+Version 3",
+}
+METRICS = {"accuracy": "accuracy over the choices", "exact_match": "exact match"}
+
+
+def write_cards(out: Path, report: Report, base: Path, *, masked: bool) -> None:
+    """Write `README.md` into `out/adapter` and `out/model`.
+
+    Args:
+        base: the base model's folder.
+    """
+    licence = find_license(base)
+    rank = int(json.loads((out / "adapter" / "adapter_config.json").read_text())["r"])
+    about = _about(report, licence)
+    pipeline = "fill-mask" if masked else "text-generation"
+    adapter = _front_matter(report, licence, pipeline, library="peft", relation="adapter")
+    model = _front_matter(report, licence, pipeline, library="transformers", relation="finetune")
+    adapter_use = _use_adapter(report, rank, masked=masked)
+    (out / "adapter" / "README.md").write_text(f"{adapter}\n{about}\n{adapter_use}")
+    (out / "model" / "README.md").write_text(f"{model}\n{about}\n{_use_model(report, masked=masked)}")
+
+
+def find_license(folder: Path) -> str | None:
+    """The licence that a model's folder names, as the Hub spells it: in its card, else by the text of its LICENSE,
+    `other` where that is none of the commonest. None where it names none."""
+    card = _beginning(folder / "README.md")
+    front = re.match(r"---\n(.*?)\n---", card.replace("\r\n", "\n"), re.DOTALL)
+    named = LICENSE_LINE.search(front[1]) if front else None
+    if named:
+        return named[1]
+    texts = [_beginning(path) for path in sorted(folder.glob("LICENSE*"))]
+    for text in texts:
+        for licence, words in LICENSE_TEXTS.items():
+            if re.search(words, text):
+                return licence
+    return "other" if texts else None
+
+
+def _beginning(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return file.read(CARD_BYTES).decode(errors="replace")
+
+
+def _front_matter(report: Report, licence: str | None, pipeline: str, *, library: str, relation: str) -> str:
+    results = [
+        EvalResult(
+            task_type=pipeline,
+            dataset_type="private",
+            dataset_name=f"{report.splits.test} test examples of the job",
+            metric_type=metric,
+            metric_name=name,
+            metric_value=round(value, 4),
+        )
+        for metric, name in METRICS.items()
+        if (value := getattr(report.adapted, metric)) is not None
+    ]
+    data = ModelCardData(
+        base_model=report.model.id,
+        base_model_relation=relation,
+        library_name=library,
+        pipeline_tag=pipeline,
+        license=licence,
+        tags=["compress-to-impress", "low-rank", *(["lora"] if relation == "adapter" else [])],
+        model_name=f"{report.model.id.rpartition('/')[2]}-compressed-to-impress",
+        eval_results=results,
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _about(report: Report, licence: str | None) -> str:
+    model, splits = report.model, report.splits
+    selected = f"cross-fitted over {splits.folds} folds" if splits.folds else f"{splits.selection} to select on"
+    tested = f"cross-validated on {splits.test}" if splits.cross_validated else f"tested on {splits.test} others"
+    if report.improved:
+        done = (
+            f"{report.removed.components:,} of the {model.components:,} singular components of {report.removed.modules} "
+            f"of its {model.target_modules} weights were removed. Nothing was trained and nothing added."
+        )
+    else:
+        done = "No removal was significantly better than the base model, so this is the base model, unchanged."
+    return f"""# {model.id}, compressed to impress
+
+{done}
+
+| | |
+|---|---|
+| base model | `{model.id}`, revision `{model.revision}` |
+| task | {_task(report)} |
+| examples | {splits.gradient} to rank by, {selected}, {tested} |
+| strategy | `{report.strategy}`, {len(report.passes)} of at most {report.passes_requested} passes, objective \
+`{report.objective.value}`, seed {report.seed} |
+| licence | {_licence(licence)} |
+
+## Results
+
+{report.verdict}
+
+{_results(report)}
+
+Intervals are 95 %. Out of the test examples, {report.gained} were gained and {report.lost} lost.
+
+{_plan(report)}## Side effects
+
+{_side_effects(report)}
+"""
+
+
+def _task(report: Report) -> str:
+    prompts = {
+        PromptFormat.TEXT: "prompts are continued to the letter, as text",
+        PromptFormat.CHAT: "prompts go through the tokenizer's chat template, as a user's message",
+    }[report.prompt_format]
+    labels = report.base.confusion
+    if labels is None:
+        return f"open answers; {prompts}"
+    short = all(len(label) <= LONGEST_LABEL and label.isprintable() for label in labels)
+    shared = all(sum(row.values()) > 1 for row in labels.values())
+    if len(labels) > MOST_LABELS or not short or not shared:
+        return f"one of several choices; {prompts}"
+    named = ", ".join(f"`{json.dumps(label, ensure_ascii=False)}`" for label in sorted(labels)).replace("|", "\\|")
+    return f"one of the choices {named}; {prompts}"
+
+
+def _licence(licence: str | None) -> str:
+    if licence is None:
+        return "that of the base model, whose files name none"
+    return f"that of the base model: {licence}" + (", see its LICENSE" if licence == "other" else "")
+
+
+def _results(report: Report) -> str:
+    lines = ["| | base | adapted | difference |", "|---|---|---|---|"]
+    of = {found.metric: found for found in report.differences}
+    for metric, name in [*METRICS.items(), ("loss", "loss, nats an example")]:
+        if getattr(report.base, metric) is not None:
+            found = of[metric]  # type: ignore[index]
+            change = f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+            lines.append(f"| {name} | {_score(report.base, metric)} | {_score(report.adapted, metric)} | {change} |")
+    return "\n".join(lines)
+
+
+def _score(metrics: Metrics, metric: str) -> str:
+    interval = getattr(metrics, f"{metric}_interval", None)
+    value = f"{getattr(metrics, metric):.3f}"
+    return f"{value} ({interval[0]:.3f} to {interval[1]:.3f})" if interval else value
+
+
+def _plan(report: Report) -> str:
+    if not report.plan:
+        return ""
+    kinds = {module.module: module.kind for module in report.modules}
+    lost: Counter[str] = Counter()
+    touched: dict[str, set[str]] = {}
+    for entry in report.plan:
+        kind = kinds[entry.module]
+        lost[kind] += len(entry.components)
+        touched.setdefault(kind, set()).add(entry.module)
+    lines = [f"| `{kind}` | {count:,} | {len(touched[kind])} |" for kind, count in lost.most_common()]
+    table = "\n".join(["| weights | components removed | in so many blocks |", "|---|---|---|", *lines])
+    return f"## What was removed\n\n{table}\n\nThe report lists every one.\n\n"
+
+
+def _side_effects(report: Report) -> str:
+    if not report.improved:
+        return "None: it is the base model."
+    return (
+        f"The {report.drift}: the mean Kullback-Leibler divergence from the base model's predictions of the next "
+        f"token to this model's, over {report.drift.tokens:,} tokens that have nothing to do with the task. It was "
+        "adapted to one task; nothing else was tested."
+    )
+
+
+# --- how to load it ---------------------------------------------------------------------------------------------
+
+
+def _pinned(report: Report) -> str:
+    """The base's ID as an argument, with its commit where it is one of the Hub's."""
+    model = report.model
+    pin = f', revision="{model.revision}"' if "/" in model.id and COMMIT.fullmatch(model.revision) else ""
+    return f'"{model.id}"{pin}'
+
+
+def _ask(report: Report, *, masked: bool) -> str:
+    """Lines that get an answer of `model` by `tokenizer`."""
+    if masked:
+        return """prompt = f"... {tokenizer.mask_token} ..."  # as in the examples
+inputs = tokenizer(prompt, return_tensors="pt")
+at = inputs["input_ids"][0] == tokenizer.mask_token_id
+print(tokenizer.decode(model(**inputs).logits[0, at].argmax(-1)))"""
+    if report.prompt_format is PromptFormat.CHAT:
+        return """messages = [{"role": "user", "content": "..."}]  # as in the examples
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+print(tokenizer.decode(answer))"""
+    return """prompt = "..."  # as in the examples, to the letter
+inputs = tokenizer(prompt, return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+print(tokenizer.decode(answer))"""
+
+
+def _use_adapter(report: Report, rank: int, *, masked: bool) -> str:
+    auto = "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"
+    base = _pinned(report)
+    return f"""## Use
+
+The adapter is a LoRA that subtracts what was removed, exactly. With PEFT:
+
+```python
+from peft import PeftModel
+from transformers import {auto}, AutoTokenizer
+
+base = {auto}.from_pretrained({base}, dtype="auto")  # or a folder that holds it
+tokenizer = AutoTokenizer.from_pretrained({base})
+model = PeftModel.from_pretrained(base, "adapter").eval()  # this folder
+{_ask(report, masked=masked)}
+```
+
+`model.merge_and_unload()` puts it into the weights.
+{"" if masked else _vllm(report, rank)}"""
+
+
+def _vllm(report: Report, rank: int) -> str:
+    allowed = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+    if allowed is None:
+        return (
+            f"\nIts largest rank is {rank}, and vLLM takes adapters up to {VLLM_RANKS[-1]}: serve the merged model there.\n"
+        )
+    return f"""
+With vLLM, which serves it beside other adapters of the same base (not tested by the job):
+
+```sh
+vllm serve {report.model.id} --enable-lora --max-lora-rank {allowed} --lora-modules adapted=./adapter
+```
+"""
+
+
+def _use_model(report: Report, *, masked: bool) -> str:
+    auto = "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"
+    served = "" if masked else "\nWith vLLM (not tested by the job):\n\n```sh\nvllm serve ./model\n```\n"
+    return f"""## Use
+
+These are the base model's files with the pruned weights in them. With transformers:
+
+```python
+from transformers import {auto}, AutoTokenizer
+
+model = {auto}.from_pretrained("model", dtype="auto").eval()  # this folder
+tokenizer = AutoTokenizer.from_pretrained("model")
+{_ask(report, masked=masked)}
+```
+{served}"""
