@@ -14,6 +14,7 @@ from service.settings import Settings
 from tests import live, tiny
 
 if TYPE_CHECKING:
+    from tests.adapted import Adapted
     from tests.planted import Planted
 from workers.catalogue import SMOLLM2, add_model
 
@@ -61,6 +62,17 @@ def planted(tiny_models: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 
     with single_thread():
         return plant(tiny_models("qwen2"), tmp_path_factory.mktemp("planted") / "qwen2")
+
+
+@pytest.fixture(scope="session")
+def adapted(
+    planted: Planted, tiny_models: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Adapted]:
+    """`adapted("choices")` is the folder of an adaptation's artifacts, made once a session (`tests.adapted`)."""
+    from tests.adapted import Adapted
+
+    with single_thread():
+        yield Adapted(planted, tiny_models, tmp_path_factory.mktemp("adapted"))
 
 
 @pytest.fixture

@@ -78,9 +78,10 @@ def test_a_job_from_file_to_adapter(api: Api, worker: WorkerProcess, file: Path,
     assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()) == [
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
+        "report.html",
         "report.json",
     ]
-    assert len(listed) == 3
+    assert len(listed) == 4
     # What was damaged is fetched again, what is whole is not.
     (out / "report.json").write_text("damaged")
     before = (out / "adapter" / "adapter_model.safetensors").stat().st_ino

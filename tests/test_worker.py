@@ -27,6 +27,7 @@ def test_a_job_succeeds_and_its_files_appear(api: Api, worker: WorkerProcess) ->
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
         "model/model.safetensors",
+        "report.html",
         "report.json",
     ]
     kinds = [event["message"] for event in api.http.get(f"/v1/jobs/{job_id}/events").json()["data"]]

@@ -106,8 +106,9 @@ def _about(report: Report, licence: str | None) -> str:
     tested = f"cross-validated on {splits.test}" if splits.cross_validated else f"tested on {splits.test} others"
     if report.improved:
         done = (
-            f"{report.removed.components:,} of the {model.components:,} singular components of {report.removed.modules} "
-            f"of its {model.target_modules} weights were removed. Nothing was trained and nothing added."
+            f"{report.removed.components:,} of the {model.components:,} singular components of the model's "
+            f"{model.target_modules} weights were removed, in {report.removed.modules} of them. Nothing was trained "
+            "and nothing added."
         )
     else:
         done = "No removal was significantly better than the base model, so this is the base model, unchanged."
@@ -254,9 +255,7 @@ model = PeftModel.from_pretrained(base, "adapter").eval()  # this folder
 def _vllm(report: Report, rank: int) -> str:
     allowed = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
     if allowed is None:
-        return (
-            f"\nIts largest rank is {rank}, and vLLM takes adapters up to {VLLM_RANKS[-1]}: serve the merged model there.\n"
-        )
+        return f"\nvLLM takes adapters up to rank {VLLM_RANKS[-1]}, this one has {rank}: serve the merged model there.\n"
     return f"""
 With vLLM, which serves it beside other adapters of the same base (not tested by the job):
 

@@ -178,8 +178,12 @@ function steer(svg, cells, tell) {
 export function predictions(points) {
   const passes = [...new Set(points.map((point) => point.pass))];
   const actual = points.map((point) => point.actual);
-  const low = Math.min(0, ...points.map((point) => Math.min(point.predicted, point.actual)));
-  const high = Math.max(0, ...points.map((point) => Math.max(point.predicted, point.actual)));
+  // Far from the base first order predicts falls below any loss there is: such marks stand at the edge.
+  const least = 2.5 * Math.min(...actual, -1e-3);
+  const low = Math.max(least, Math.min(0, ...points.map((point) => point.predicted)));
+  const high = Math.max(0, ...points.map((point) => point.predicted));
+  const x = (point) => Math.max(point.predicted, low);
+  const beyond = points.filter((point) => point.predicted < low);
   const room = 0.06 * (Math.max(0, ...actual) - Math.min(0, ...actual));
   const [down, up] = [Math.min(0, ...actual) - room, Math.max(0, ...actual) + room];
   const title = (point) =>
@@ -189,30 +193,31 @@ export function predictions(points) {
     Plot.plot({
       width,
       height: Math.min(380, Math.max(260, width * 0.62)),
-      marginLeft: 52,
+      marginLeft: 60,
       marginBottom: 42,
       style,
-      x: { domain: [low, high], nice: true, label: "predicted change of the loss", grid: true, ticks: width < 480 ? 4 : 8 },
+      x: { domain: [low, high], insetLeft: 22, insetRight: 8, label: "predicted change of the loss", grid: true, ticks: width < 480 ? 4 : 8 },
       y: { domain: [down, up], nice: true, label: "change that came out", grid: true },
       symbol: { domain: passes, range: PASS_SYMBOLS },
       marks: [
         Plot.line([Math.max(low, down), Math.min(high, up)], { x: (d) => d, y: (d) => d, stroke: "var(--muted)", strokeDasharray: "4,4" }),
         Plot.ruleX([0], { stroke: "var(--muted)" }),
         Plot.ruleY([0], { stroke: "var(--muted)" }),
-        Plot.dot(points, { x: "predicted", y: "actual", symbol: "pass", r: 5, stroke: "var(--accent)", strokeWidth: 1.8, fill: "var(--surface)" }),
-        Plot.dot(points.filter((p) => p.chosen), { x: "predicted", y: "actual", symbol: "pass", r: 5, fill: "var(--accent)", stroke: "var(--accent)" }),
-        Plot.dot(points.filter((p) => p.chosen), { x: "predicted", y: "actual", r: 10, stroke: "var(--text)", strokeWidth: 1.5 }),
+        Plot.dot(points, { x, y: "actual", symbol: "pass", r: 5, stroke: "var(--accent)", strokeWidth: 1.8, fill: "var(--surface)" }),
+        Plot.dot(points.filter((p) => p.chosen), { x, y: "actual", symbol: "pass", r: 5, fill: "var(--accent)", stroke: "var(--accent)" }),
+        Plot.dot(points.filter((p) => p.chosen), { x, y: "actual", r: 10, stroke: "var(--text)", strokeWidth: 1.5 }),
         Plot.text(points.filter((p) => p.chosen), {
-          x: "predicted",
+          x,
           y: "actual",
-          text: (point) => (passes.length > 1 ? `kept in pass ${point.pass}` : "kept"),
+          text: () => (passes.length > 1 ? "" : "kept"),
           dy: -17,
           fontWeight: 600,
           stroke: "var(--surface)",
           strokeWidth: 4,
           fill: "var(--text)",
         }),
-        Plot.tip(points, Plot.pointer({ x: "predicted", y: "actual", title, fill: "var(--surface)", stroke: "var(--line)" })),
+        Plot.text(beyond, { x, y: "actual", text: () => "\u2190", dx: -12, fill: "var(--accent)" }),
+        Plot.tip(points, Plot.pointer({ x, y: "actual", title, fill: "var(--surface)", stroke: "var(--line)" })),
       ],
     });
 }

@@ -168,6 +168,8 @@ function candidates(report) {
   const passes = [...new Set(points.map((point) => point.pass))];
   const left = tried.length - points.length;
   const without = left ? ` ${plural(left, "candidate")} without a prediction or a finite loss ${left === 1 ? "is" : "are"} left out.` : "";
+  const arrows = points.some((point) => point.predicted < 2.5 * Math.min(...points.map((other) => other.actual)))
+    ? " A mark with an arrow lies further left: so far from the base the prediction means little." : "";
   const rows = tried.map(({ pass, candidate: c }) => [
     c.description, `${pass.number}`, count(c.size), count(c.examples), number(c.predicted_loss), number(c.loss),
     number(c.accuracy), isChosen(pass, c) ? "kept" : "",
