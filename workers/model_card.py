@@ -255,7 +255,7 @@ model = PeftModel.from_pretrained(base, "adapter").eval()  # this folder
 def _vllm(report: Report, rank: int) -> str:
     allowed = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
     if allowed is None:
-        return f"\nvLLM takes adapters up to rank {VLLM_RANKS[-1]}, this one has {rank}: serve the merged model there.\n"
+        return f"\nvLLM takes adapters up to rank {VLLM_RANKS[-1]}, this one has {rank}: serve the merged model.\n"
     return f"""
 With vLLM, which serves it beside other adapters of the same base (not tested by the job):
 

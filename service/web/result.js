@@ -11,8 +11,10 @@ import { bytes, count, element, fold, number, plural, pValue, range, seconds, si
  * @param {{links?: Record<string, string>}} [options] `links`: what can be downloaded, its address by its name
  */
 export function renderResult(root, report, { links = {} } = {}) {
-  const wide = [verdict, gains, removed, candidates, labels, changed, sideEffect, cost, details];
-  const parts = wide.map((part) => part(report, links)).filter(Boolean);
+  const drawn = [verdict, gains, removed, candidates, labels, sideEffect, cost, changed, details];
+  const parts = drawn.map((part) => part(report, links)).filter(Boolean);
+  const halves = parts.filter((part) => !part.classList.contains("wide"));
+  if (halves.length % 2) halves.at(-1).classList.add("wide");
   root.replaceChildren(element("div", { class: "result" }, ...parts));
 }
 
@@ -180,7 +182,7 @@ function candidates(report) {
     points.length
       ? sentence(
           "Each mark is a set of components that was removed on trial. On the dashed line the loss came out as the " +
-            `gradient predicted; below zero it fell.${without}`, "note")
+            `gradient predicted; below zero it fell.${arrows}${without}`, "note")
       : sentence("First order predicts nothing here; the losses are in the table.", "note"),
     points.length ? chart("Predicted against actual change of the loss; the numbers are in the table", predictions(points)) : null,
     points.length ? passLegend(passes) : null,
@@ -251,13 +253,15 @@ function changed(report) {
   );
 }
 
+const oneLine = (text) => text.trim().replace(/\s*\n\s*/g, " ↵ ");
+
 function card(example) {
   const answer = (who, text, correct) =>
     element(
       "div",
       { class: correct ? "answer right" : "answer wrong" },
       element("dt", {}, who),
-      element("dd", {}, element("span", { class: "sign", "aria-hidden": "true" }, correct ? "✓" : "✗"), element("q", {}, text), element("span", { class: "hidden" }, correct ? " right" : " wrong")),
+      element("dd", {}, element("span", { class: "sign", "aria-hidden": "true" }, correct ? "✓" : "✗"), element("q", {}, oneLine(text)), element("span", { class: "hidden" }, correct ? " right" : " wrong")),
     );
   return element(
     "article",
@@ -266,7 +270,7 @@ function card(example) {
     element(
       "dl",
       {},
-      element("div", { class: "answer" }, element("dt", {}, "wanted"), element("dd", {}, element("span", { class: "sign" }), element("q", {}, example.completion))),
+      element("div", { class: "answer" }, element("dt", {}, "wanted"), element("dd", {}, element("span", { class: "sign" }), element("q", {}, oneLine(example.completion)))),
       answer("base", example.base_answer, example.base_correct),
       answer("adapted", example.adapted_answer, example.adapted_correct),
     ),
