@@ -9,11 +9,15 @@ import shutil
 import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from service.jobs import JobSpec
+from service.models import resolve
 from tests import tiny
 from tests.conftest import single_thread
 from tests.docs.curls import CURLS
@@ -25,7 +29,8 @@ from tests.live import REPOSITORY, ServeProcess, install
 
 MODEL = "smollm2-135m-instruct"
 EXAMPLES = tiny.learnable_examples(24)
-BODY = {"model": MODEL, "passes": 2, "examples": EXAMPLES}
+BODY: dict[str, Any] = {"model": MODEL, "passes": 2, "examples": EXAMPLES}
+LONG = BODY | {"passes": 8, "examples": tiny.learnable_examples(2_000)}
 PAGES = {page.relative_to(REPOSITORY).as_posix(): page for page in all_pages()}
 
 # What is not run: the page, how the command or the block begins, and why. A new one stands here or runs; the test
@@ -87,12 +92,36 @@ def data(tmp_path_factory: pytest.TempPathFactory, tiny_models: Callable[..., Pa
     return folder
 
 
+@dataclass(frozen=True)
+class Shared:
+    """`c2i serve` for all pages, and its first job."""
+
+    process: ServeProcess
+    first: str
+
+    def submit(self, body: dict[str, Any]) -> str:
+        """A job's ID."""
+        return str(self.process.http.post("/v1/jobs", json=body).json()["id"])
+
+    def ended(self, job_id: str) -> dict[str, Any]:
+        """A job, once it has ended."""
+        return dict(self.process.http.get(f"/v1/jobs/{job_id}", params={"wait": 60}).json())
+
+
 @pytest.fixture(scope="module")
-def service(data: Path) -> Iterator[ServeProcess]:
-    """`c2i serve`."""
+def shared(data: Path) -> Iterator[Shared]:
     process = ServeProcess(data, env={"OMP_NUM_THREADS": "1"})
-    yield process
+    # Its worker takes seconds to start: pages that need no job are read meanwhile.
+    yield Shared(process, str(process.http.post("/v1/jobs", json=BODY).json()["id"]))
     process.stop()
+
+
+@pytest.fixture(scope="module")
+def finished(shared: Shared) -> str:
+    """The ID of a job that has succeeded."""
+    job = shared.ended(shared.first)
+    assert job["status"] == "succeeded", job
+    return shared.first
 
 
 @pytest.fixture
@@ -105,47 +134,37 @@ def two_redis(tmp_path: Path) -> Iterator[tuple[OwnRedis, OwnRedis]]:
     new.stop()
 
 
-def submit(service: ServeProcess) -> str:
-    """A job's ID."""
-    return str(service.http.post("/v1/jobs", json=BODY).json()["id"])
-
-
-@pytest.fixture(scope="module")
-def finished(service: ServeProcess) -> str:
-    """The ID of a job that has succeeded."""
-    job_id = submit(service)
-    job = service.http.get(f"/v1/jobs/{job_id}", params={"wait": 60}).json()
-    assert job["status"] == "succeeded", job
-    return job_id
-
-
 @pytest.fixture
-def sandbox(name: str, data: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Sandbox:
-    """A folder with what the page takes for granted: the model, a job's body, examples, and a service with a finished
-    job and its adapter where the page speaks of one."""
+def sandbox(name: str, data: Path, shared: Shared, tmp_path: Path, request: pytest.FixtureRequest) -> Sandbox:
+    """A folder with what the page takes for granted: the model, a job's body, examples, and where the page speaks of a
+    job, its adapter."""
     (tmp_path / "data").symlink_to(data)
     (tmp_path / "job.json").write_text(json.dumps(BODY))
     (tmp_path / "task.jsonl").write_text("".join(json.dumps(one) + "\n" for one in EXAMPLES))
-    env = {"OMP_NUM_THREADS": "1", "C2I_DATA": str(data)}
-    if not re.search(rf"{USUAL_URL}|\bJOB\b", PAGES[name].read_text()):
-        return Sandbox(tmp_path, USUAL_URL, env, str)
-    service: ServeProcess = request.getfixturevalue("service")
+    made = Sandbox(tmp_path, shared.process.url, {"OMP_NUM_THREADS": "1", "C2I_DATA": str(data)}, str)
+    if not speaks_of_a_job(name):
+        return made
     finished: str = request.getfixturevalue("finished")
     archive = tmp_path / "adapter.zip"
-    archive.write_bytes(service.http.get(f"/v1/jobs/{finished}/adapter.zip").content)
+    archive.write_bytes(shared.process.http.get(f"/v1/jobs/{finished}/adapter.zip").content)
     zipfile.ZipFile(archive).extractall(tmp_path)
 
     def job_for(text: str) -> str:
-        """The finished job; one of its own for what would end or delete it."""
+        """The finished job; one of its own, which takes long, for what ends or deletes it."""
         if not re.search("cancel|DELETE", text):
             return finished
-        job_id = submit(service)
+        job_id = shared.submit(LONG)
         if "DELETE" in text:
-            service.http.post(f"/v1/jobs/{job_id}/cancel")
-            service.http.get(f"/v1/jobs/{job_id}", params={"wait": 60})
+            shared.process.http.post(f"/v1/jobs/{job_id}/cancel")
+            shared.ended(job_id)
         return job_id
 
-    return Sandbox(tmp_path, service.url, env, job_for)
+    made.job_for = job_for
+    return made
+
+
+def speaks_of_a_job(name: str) -> bool:
+    return bool(re.search(rf"{USUAL_URL}|\bJOB\b", PAGES[name].read_text()))
 
 
 def run_page(name: str, sandbox: Sandbox) -> None:
@@ -166,25 +185,28 @@ def run_page(name: str, sandbox: Sandbox) -> None:
                     json.loads(block.text)
 
 
-@pytest.mark.parametrize("name", [name for name, page in PAGES.items() if blocks(page) and page != OPERATING])
+OTHERS = sorted((n for n, page in PAGES.items() if blocks(page) and page != OPERATING), key=speaks_of_a_job)
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_every_command_and_snippet_of_the_page_runs(name: str, sandbox: Sandbox) -> None:
     run_page(name, sandbox)
 
 
 @pytest.mark.parametrize("name", ["docs/operating.md"])
 def test_back_ups_that_were_made_while_the_service_ran_bring_back_jobs_and_artifacts(
-    name: str, sandbox: Sandbox, service: ServeProcess, finished: str, two_redis: tuple[OwnRedis, OwnRedis]
+    name: str, sandbox: Sandbox, shared: Shared, finished: str, two_redis: tuple[OwnRedis, OwnRedis]
 ) -> None:
     old, new = two_redis
     sandbox.stands_for = {"127.0.0.1:6379": f"127.0.0.1:{old.port}", "6380": str(new.port)}
     mine = old.create_job(BODY)
-    under_way = submit(service)
+    under_way = shared.submit(BODY)
     run_page(name, sandbox)
 
     restored = ServeProcess(sandbox.folder / "restored", "--workers", "0")
     try:
         for path in (f"/v1/jobs/{finished}", f"/v1/jobs/{finished}/report", f"/v1/jobs/{finished}/files"):
-            assert restored.http.get(path).json() == service.http.get(path).json()
+            assert restored.http.get(path).json() == shared.process.http.get(path).json()
         for file in restored.http.get(f"/v1/jobs/{finished}/files").json()["data"]:
             content = restored.http.get(file["url"]).content
             assert hashlib.sha256(content).hexdigest() == file["sha256"]
@@ -210,6 +232,20 @@ def test_nginx_takes_the_proxy_s_configuration(tmp_path: Path) -> None:
     command = ["nginx", "-t", "-c", str(tmp_path / "nginx.conf"), "-e", str(tmp_path / "log")]
     checked = subprocess.run(command, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr
+
+
+def test_the_figure_shows_every_size_that_a_run_tried(data: Path, tmp_path: Path) -> None:
+    from tests.docs.figure import make_figure  # and with it, torch and matplotlib
+
+    spec = JobSpec.parse(BODY | {"passes": 1})
+    with single_thread():
+        report = make_figure(
+            spec, resolve(data / "models", MODEL), tmp_path / "cache", tmp_path / "figure.svg", "title"
+        )
+    texts = re.findall(r"<!-- (.*?) -->", (tmp_path / "figure.svg").read_text())
+    assert {str(c.size) for c in report.passes[0].candidates if c.size > 1 and " and " not in c.description} <= {*texts}
+    assert f"all {report.model.components:,} components" in texts
+    assert f"the {report.removed.components} removed" in texts
 
 
 def test_the_index_has_every_page() -> None:
