@@ -4,6 +4,7 @@
 #   make fuzz    ten thousand random bodies, and schemathesis over the whole OpenAPI document
 #   make chaos   kills, stops and starves a real service, 40 times; half an hour
 #   make load    how fast the service is; needs wrk (apt-get install wrk)
+#   make screenshots  the pictures of the page, from a real job; needs chromium
 #   make lint    style, types and the directions of imports
 #   make clean   remove what was installed and cached; ./data, with models and jobs, stays
 
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test fuzz chaos load lint clean
+.PHONY: demo test fuzz chaos load screenshots lint clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python -m workers.demo
@@ -27,6 +28,9 @@ chaos: $(INSTALLED)
 
 load: $(INSTALLED)
 	@$(BIN)/python -m tests.load
+
+screenshots: $(INSTALLED)
+	@$(BIN)/python -m tests.screenshots
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from service.keys import Scope
 from tests import browser as browsers
 from tests import tiny
 from tests.browser import Visit
-from tests.live import Api, ServeProcess, install, spec, wait_until
+from tests.live import Api, ServeProcess, install, redis, spec, wait_until
 
 SERIOUS = {"serious", "critical"}
 LIGHT_AND_DARK: tuple[Literal["light", "dark"], ...] = ("light", "dark")
@@ -181,6 +181,22 @@ def test_csv_is_mapped_by_column_and_sent_as_it_is_shown(visit: Visit, server: S
         "choices": [" bad", " good"],
     }
     expect(page.get_by_role("heading", level=1)).to_have_text("tiny-llama")
+
+
+def test_a_file_may_be_dropped(visit: Visit) -> None:
+    page = visit.open()
+    expect(page.get_by_label("Model", exact=True)).to_be_visible()
+    carried = page.evaluate_handle(
+        """(text) => {
+            const carried = new DataTransfer();
+            carried.items.add(new File([text], "task.jsonl"));
+            return carried;
+        }""",
+        lines(tiny.learnable_examples(9)),
+    )
+    page.get_by_label("Examples", exact=True).dispatch_event("drop", {"dataTransfer": carried})
+    expect(page.get_by_text("9 examples with 3 choices.")).to_be_visible()
+    expect(page.get_by_text("task.jsonl")).to_be_visible()
 
 
 def test_a_running_job_survives_a_reload_and_is_cancelled_after_a_question(visit: Visit, server: ServeProcess) -> None:
@@ -395,3 +411,42 @@ def test_a_service_without_models_tells_the_command_that_installs_one(
     finally:
         visitor.end()
         empty.stop()
+
+
+@pytest.fixture
+def alone(tmp_path: Path, tiny_models: Callable[..., Path]) -> Iterator[Callable[..., Api]]:
+    """An API without workers, over a Redis of its own; with changed settings."""
+    install(tiny_models("llama"), tmp_path)
+    queue = redis(tmp_path)
+    started: list[Api] = []
+
+    def start(**changes: Any) -> Api:
+        started.append(Api(tmp_path, queue.url, **changes))
+        return started[-1]
+
+    yield start
+    for api in started:
+        api.stop()
+    queue.stop()
+
+
+def test_a_full_queue_is_told_in_words(chrome: Browser, alone: Callable[..., Api]) -> None:
+    visitor = Visit(chrome, alone(max_waiting_jobs=1).url)
+    page = visitor.open()
+    page.get_by_role("button", name="Fill in an example task").click()
+    page.get_by_role("button", name="Adapt the model").click()
+    expect(page.locator(".job .line")).to_have_text("Next in the queue")
+    page.get_by_role("link", name="All jobs").click()
+    expect(page.locator(".jobs .line")).to_have_text("Next in the queue")
+    page.get_by_role("button", name="Adapt the model").click()
+    expect(page.get_by_role("alert")).to_contain_text(re.compile("of your jobs wait already.*Try again in"))
+    visitor.end(expected_errors=True)
+
+
+def test_a_service_that_says_when_to_come_again_is_asked_again(chrome: Browser, alone: Callable[..., Api]) -> None:
+    visitor = Visit(chrome, alone(max_requests_per_second=0.5).url)
+    page = visitor.open()
+    expect(page.get_by_label("Model", exact=True)).to_be_visible()
+    expect(page.get_by_text("None yet. A job that you send appears here.")).to_be_visible()
+    assert any("429" in error for error in visitor.errors)
+    visitor.end(expected_errors=True)

@@ -1,6 +1,8 @@
 // Requests to the API: the key, errors in words, streams.
 
 const KEY = "c2i-key";
+const GET_TRIES = 3;
+const LONGEST_RETRY_SECONDS = 5;
 
 /** An error that can be shown as it is. */
 export class ApiError extends Error {
@@ -65,9 +67,16 @@ async function toError(response) {
   return new ApiError(response.status, { ...body, message }, after);
 }
 
-/** The JSON behind a path. */
+/** The JSON behind a path. Where the service says when to come again, and that is soon, it is asked again. */
 export async function get(path, signal) {
-  return (await request(path, { signal })).json();
+  for (let tried = 1; ; tried++) {
+    try {
+      return await (await request(path, { signal })).json();
+    } catch (error) {
+      if (!(error.retryAfter <= LONGEST_RETRY_SECONDS) || tried >= GET_TRIES) throw error;
+      await pause(error.retryAfter, signal);
+    }
+  }
 }
 
 /** POST JSON, get JSON. */
