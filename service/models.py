@@ -91,6 +91,16 @@ def resolve(root: Path, model_id: str) -> Model:
     return _read(root, model_id, fingerprint(root, folder))
 
 
+def read_folder(folder: Path) -> Model:
+    """The model in a folder of one's own, wherever it lies; its files may be links within the folder's parent's.
+
+    Raises:
+        UnusableModel: it runs code of its own, has only pickle weights, or cannot be read.
+    """
+    root = folder.parent.parent  # of a snapshot in the Hub's cache, whose files are links to `../../blobs`
+    return _read(root, folder.relative_to(root).as_posix(), fingerprint(root, folder))
+
+
 def check_unchanged(model: Model) -> None:
     """See that a model's files are those that were checked: what is loaded may have been put there since.
 

@@ -91,31 +91,35 @@ def write_model(
     """Write the base's own files with the pruned weights in them: same shards, names, order, dtype and metadata."""
     changed = {t.module_name: t for t in targets if plan.components.get(t.name)}
     folder.mkdir(parents=True)
-    for path in sorted(base.folder.iterdir()):
+    copy_files(base.folder, folder)
+    owners = _tensor_owners(base, changed)  # by their content: before the plan is applied
+    with applied(targets, spectra, plan):
+        for shard in weight_files(base.folder):
+            mine = {key: changed[name] for name, (file, key) in owners.items() if file == shard.name}
+            write_shard(
+                shard, folder, {key: target.module.get_parameter("weight").detach() for key, target in mine.items()}
+            )
+
+
+def copy_files(base: Path, folder: Path) -> None:
+    """Everything of a base model's folder but its weights, and but what a model is not made of."""
+    for path in sorted(base.iterdir()):
         copied = path.suffix in COPIED_SUFFIXES or path.name.startswith("LICENSE")
         if copied and path.is_file():
             shutil.copyfile(path, folder / path.name)
-    owners = _tensor_owners(base, changed)  # by their content: before the plan is applied
-    with applied(targets, spectra, plan):
-        _write_shards(folder, base, owners, changed)
 
 
-def _write_shards(
-    folder: Path, base: Checkpoint, owners: Mapping[str, tuple[str, str]], changed: Mapping[str, Target]
-) -> None:
-    """The base's weight files, with the weights as they stand in the model for those that are changed."""
-    for shard in weight_files(base.folder):
-        mine = {name: key for name, (file, key) in owners.items() if file == shard.name}
-        if not mine:
-            shutil.copyfile(shard, folder / shard.name)
-            continue
-        with safe_open(shard, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
-            metadata = opened.metadata()
-        for name, key in mine.items():
-            new = changed[name].module.get_parameter("weight").detach()
-            tensors[key] = new.to("cpu", tensors[key].dtype, copy=True).contiguous()
-        _save(tensors, folder / shard.name, metadata)
+def write_shard(shard: Path, folder: Path, changed: Mapping[str, Tensor]) -> None:
+    """A file of a base model's weights with some of its tensors changed, in the dtype in which it has them."""
+    if not changed:
+        shutil.copyfile(shard, folder / shard.name)
+        return
+    with safe_open(shard, framework="pt") as opened:
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
+        metadata = opened.metadata()
+    for key, new in changed.items():
+        tensors[key] = new.to("cpu", tensors[key].dtype, copy=True).contiguous()
+    _save(tensors, folder / shard.name, metadata)
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:

@@ -101,6 +101,24 @@ def adapt(
     run(file, fields, out, settings, rows=(gradient, selection, test), as_json=as_json)
 
 
+def apply(
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="Its folder, the folder of `c2i download`, or an adapter.zip.")
+    ],
+    base: Annotated[str, typer.Option(metavar="MODEL", help="The model that it was made from: an ID, or a folder.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the merged model.")],
+    data: Annotated[Path | None, typer.Option(help="Data folder of the installed models.")] = None,
+) -> None:
+    """Merge an adapter into its base model, exactly: a model that needs neither c2i nor PEFT.
+
+    Example: c2i apply adapter.zip --base smollm2-135m-instruct --out merged
+    """
+    go_offline()
+    from workers.applying import run  # noqa: PLC0415 - imports torch
+
+    run(adapter, base, out, Settings.load(data=data))
+
+
 def bench(
     data: Annotated[Path, typer.Option(help="Folder of task files, TASK.jsonl with one example a line.")],
     model: Annotated[str, typer.Option(help="ID of an installed model; `c2i models` lists them.")],
