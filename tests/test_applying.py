@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+import tomllib
 import zipfile
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from service.errors import C2IError, InvalidInput, ModelNotFound, UnusableModel
 from service.settings import Settings
 from tests.live import REPOSITORY, install
 from tests.test_checkpoints import Written, largest, nothing, some, tensors, truncations
 from workers import applying
+from workers.offline import OFFLINE
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -95,29 +97,32 @@ def test_an_adapter_of_nothing_is_the_base(tiny_models: TinyModels, tmp_path: Pa
     assert (merged / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
 
 
-def test_the_command_takes_an_archive_and_an_installed_model(tiny_models: TinyModels, tmp_path: Path) -> None:
+def test_the_command_takes_an_archive_and_an_installed_model(
+    tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = install(tiny_models("llama"), tmp_path / "data", "owner/tiny")
     Written(base, tmp_path / "job", some)
     with zipfile.ZipFile(tmp_path / "adapter.zip", "w") as archive:
         for path in (tmp_path / "job" / "adapter").iterdir():
             archive.write(path, f"job-adapter/adapter/{path.name}")
-    command = ("apply", "adapter.zip", "--base", "owner/tiny", "--out", "new/merged")
-    runs = [
-        subprocess.run(
-            [sys.executable, "-m", "service.cli", *command],
-            cwd=tmp_path,
-            env={**os.environ, "C2I_DATA": str(tmp_path / "data"), "PYTHONPATH": str(REPOSITORY)},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        for _ in range(2)
-    ]
-    assert [run.returncode for run in runs] == [0, 2], runs[0].stderr
-    assert "exists already" in runs[1].stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("C2I_DATA", str(tmp_path / "data"))
+    for name, value in OFFLINE.items():  # the command sets them; this way they are taken back
+        monkeypatch.setenv(name, value)
+    app = typer.Typer()
+    app.command()(EntryPoint("apply", declared()["apply"], "c2i.commands").load())
+    arguments = ["adapter.zip", "--base", "owner/tiny", "--out", "new/merged"]
+    assert "Merged" in CliRunner().invoke(app, arguments, catch_exceptions=False).output
     merged = tmp_path / "new" / "merged"
     assert (merged / "model.safetensors").read_bytes() == (tmp_path / "job/model/model.safetensors").read_bytes()
+    with pytest.raises(InvalidInput, match="exists already"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+def declared() -> dict[str, str]:
+    """The commands that join `c2i`."""
+    found = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["entry-points"]["c2i.commands"]
+    return {str(name): str(place) for name, place in found.items()}
 
 
 def other_weights(base: Path, folder: Path) -> Path:
