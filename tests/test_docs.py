@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+import socket
 import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from tests.docs.own_redis import OwnRedis
 from tests.docs.pages import DOCS, OPERATING, all_pages, made_pages, openapi
 from tests.docs.reference import anchor, operations
 from tests.docs.snippets import USUAL_URL, Block, Sandbox, blocks
-from tests.live import REPOSITORY, ServeProcess, install
+from tests.live import REPOSITORY, ServeProcess, install, wait_until
 
 MODEL = "smollm2-135m-instruct"
 EXAMPLES = tiny.learnable_examples(24)
@@ -105,7 +106,12 @@ class Shared:
 
     def ended(self, job_id: str) -> dict[str, Any]:
         """A job, once it has ended."""
-        return dict(self.process.http.get(f"/v1/jobs/{job_id}", params={"wait": 60}).json())
+
+        def look() -> dict[str, Any] | None:
+            job = dict(self.process.http.get(f"/v1/jobs/{job_id}", params={"wait": 60}).json())
+            return job if job["finished_at"] else None
+
+        return wait_until(look, 180, "the job has ended")
 
 
 @pytest.fixture(scope="module")
@@ -221,17 +227,41 @@ def test_back_ups_that_were_made_while_the_service_ran_bring_back_jobs_and_artif
 
 
 @pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx (apt-get install nginx-light) is not installed")
-def test_nginx_takes_the_proxy_s_configuration(tmp_path: Path) -> None:
+def test_behind_nginx_as_the_page_configures_it_requests_and_streams_come_through(
+    shared: Shared, finished: str, tmp_path: Path
+) -> None:
     (block,) = [block for block in blocks(OPERATING) if block.language == "nginx"]
-    names = ["-subj", "/CN=c2i.example.com", "-keyout", str(tmp_path / "c2i.key"), "-out", str(tmp_path / "c2i.pem")]
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *names], check=True, capture_output=True
-    )
-    server = block.text.replace("/etc/ssl", str(tmp_path)).replace("listen 443", "listen 127.0.0.1:8443")
-    (tmp_path / "nginx.conf").write_text(f"pid {tmp_path}/pid;\nevents {{}}\nhttp {{\n{server}}}\n")
-    command = ["nginx", "-t", "-c", str(tmp_path / "nginx.conf"), "-e", str(tmp_path / "log")]
-    checked = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert checked.returncode == 0, checked.stderr
+    certificate = ["-subj", "/CN=c2i", "-keyout", str(tmp_path / "c2i.key"), "-out", str(tmp_path / "c2i.pem")]
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *certificate]
+    subprocess.run(made, check=True, capture_output=True)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    server = block.text.replace("/etc/ssl", str(tmp_path)).replace("listen 443", f"listen 127.0.0.1:{port}")
+    server = server.replace(USUAL_URL, shared.process.url)
+    # In this process's hands, whoever it runs as.
+    here = f"pid {tmp_path}/pid; daemon off; master_process off; error_log {tmp_path}/log;"
+    folders = "".join(f"{kind}_temp_path {tmp_path};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    configuration = tmp_path / "nginx.conf"
+    configuration.write_text(f"{here}\nevents {{}}\nhttp {{ access_log off; {folders}\n{server}}}\n")
+    nginx = subprocess.Popen(["nginx", "-c", configuration, "-e", tmp_path / "log"])
+    try:
+        with httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=False) as http:
+            ready = wait_until(lambda: answer(http, "/readyz"), 10, "nginx answers")
+            assert ready.status_code == 200
+            assert re.fullmatch("[0-9a-f]{32}", ready.headers["X-Request-Id"])
+            stream = http.get(f"/v1/jobs/{finished}/events", headers={"Accept": "text/event-stream"})
+            assert stream.headers["Content-Type"].startswith("text/event-stream")
+            assert '"status":"succeeded"' in stream.text
+    finally:
+        nginx.terminate()
+        nginx.wait(10)
+
+
+def answer(http: httpx.Client, path: str) -> httpx.Response | None:
+    try:
+        return http.get(path)
+    except httpx.TransportError:
+        return None
 
 
 def test_the_figure_shows_every_size_that_a_run_tried(data: Path, tmp_path: Path) -> None:
