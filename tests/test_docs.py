@@ -22,10 +22,11 @@ from service.models import resolve
 from tests import tiny
 from tests.conftest import single_thread
 from tests.docs.curls import CURLS
+from tests.docs.not_run import NOT_RUN, not_run
 from tests.docs.own_redis import OwnRedis
 from tests.docs.pages import DOCS, OPERATING, all_pages, made_pages, openapi
 from tests.docs.reference import anchor, operations
-from tests.docs.snippets import USUAL_URL, Block, Sandbox, blocks
+from tests.docs.snippets import USUAL_URL, Sandbox, blocks
 from tests.live import REPOSITORY, ServeProcess, install, wait_until
 
 MODEL = "smollm2-135m-instruct"
@@ -33,30 +34,6 @@ EXAMPLES = tiny.learnable_examples(24)
 BODY: dict[str, Any] = {"model": MODEL, "passes": 2, "examples": EXAMPLES}
 LONG = BODY | {"passes": 8, "examples": tiny.learnable_examples(2_000)}
 PAGES = {page.relative_to(REPOSITORY).as_posix(): page for page in all_pages()}
-
-# What is not run: the page, how the command or the block begins, and why. A new one stands here or runs; the test
-# below fails too where one that stands here is gone.
-
-NOT_RUN = {
-    ("README.md", "make demo"): "tests/test_demo.py runs it on a tiny model",
-    ("README.md", "make test"): "the test suite itself",
-    ("README.md", "make chaos"): "half an hour; tests/test_chaos.py runs a part",
-    ("README.md", "make fuzz"): "minutes; tests/test_fuzz.py runs a part",
-    ("README.md", "make load"): "minutes and needs wrk; tests/test_load.py runs a part",
-    ("README.md", "c2i serve"): "serves until it is stopped: the sandbox has one",
-    ("README.md", "c2i bench"): "hours; tests/test_benchmark.py runs a small one",
-    ("README.md", "service/ "): "the tree; no code",
-    ("docs/method.md", "python -m tests.docs.figure"): "downloads a model, and takes minutes",
-    ("docs/operating.md", "REDIS_URL=redis://redis.internal"): "runs until it is stopped",
-    ("docs/extending.md", "python -m pytest"): "the architecture is no part of the tests",
-    ("docs/metrics.md", "max(rate("): "PromQL; tests/test_seeing.py runs what docker/ has of it",
-    ("docs/service.md", "python -m tests.chaos"): "half an hour; tests/test_chaos.py runs a part",
-    ("docs/service.md", "python -m tests.fuzz"): "minutes; tests/test_fuzz.py runs a part",
-    ("docs/service.md", "python -m tests.load"): "minutes and needs wrk; tests/test_load.py runs a part",
-    ("docs/webhooks.md", '{"model"'): "cut short; tests/test_webhooks.py sends such a body",
-    ("docs/webhooks.md", "c2i webhooks secret"): "needs the ID of a key; tests/test_webhooks.py runs it",
-    ("docs/webhooks.md", '"webhook":'): "a part of an answer",
-}
 
 
 def test_what_is_made_from_the_code_is_what_the_code_says_now() -> None:
@@ -69,12 +46,6 @@ def test_what_is_made_from_the_code_is_what_the_code_says_now() -> None:
 def test_every_route_has_a_command_in_the_reference() -> None:
     routes = {(method, path) for method, path, _ in operations(openapi())}
     assert routes == CURLS.keys(), "tests/docs/curls.py needs a line for each route"
-
-
-def not_run(block: Block, begins: str) -> tuple[str, str] | None:
-    """The line of `NOT_RUN` that is meant."""
-    page = block.page.relative_to(REPOSITORY).as_posix()
-    return next((key for key in NOT_RUN if key[0] == page and begins.startswith(key[1])), None)
 
 
 def test_what_is_not_run_is_listed_with_a_reason_and_nothing_else_is_listed() -> None:
