@@ -1,4 +1,4 @@
-"""The effect of every singular component on every example's loss, from one backward pass.
+"""The effect of every singular component, and of every other structure, on every example's loss, from one backward.
 
 For an example n and a module with input X (tokens, in), output Y = X W^T and output gradient D (tokens, out),
 
@@ -11,8 +11,8 @@ sends back,
     a[n, i] = sum_t (dX v_i)[t] (X v_i)[t] = sum_t (D u_i)[t] (Y u_i)[t]
 
 so the singular vectors of the smaller side suffice, and autograd has computed both factors anyway: two products
-of (tokens, rank) and (rank, rank) a module. No weight gradient exists, no weight requires one, and the memory is
-O(examples x rank) beside the activations of one batch.
+of (tokens, rank) and (rank, rank) a module. What other structures take is written in `workers.recorders`. No weight
+gradient exists, no weight requires one, and the memory is O(examples x structures) beside the activations of one batch.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.hooks import RemovableHandle
 
 from service.jobs import Objective
 from workers.batching import free_memory, in_batches
 from workers.evaluation import losses, score
 from workers.examples import Batch, Encoded, Layout
 from workers.memory import is_out_of_memory
+from workers.recorders import ComponentRecorder, Recorder, recorder_of, wide_enough
 from workers.spectrum import Spectrum
+from workers.structures import Unit
 from workers.targets import Target, decoder_blocks
 
 
@@ -43,7 +43,8 @@ class Effects:
     """What one backward pass over N examples gives."""
 
     by_module: dict[str, Tensor]
-    """For each module (N, rank): a[n, i], the fall of example n's loss when component i goes, to first order."""
+    """For each module (N, rank): a[n, i], the fall of example n's loss when component i goes, to first order. For each
+    unit of structures (N, count), the same."""
     loss: Tensor
     """(N,) the examples' losses."""
     seconds: float
@@ -52,102 +53,9 @@ class Effects:
     """Time of its forward and backward alone, without the effects: one FB."""
 
 
-class _Recorder:
-    """One target: adds up its components' effects as gradients come through."""
-
-    def __init__(self, target: Target, spectrum: Spectrum, effect: Tensor) -> None:
-        self.target = target
-        self.bias = target.bias
-        self.spectrum = spectrum
-        self.effect = effect  # (N, rank), added to in place
-        self.rows = torch.empty(0)  # (R,) the example of each row of the batch under way
-        self.tokens = 0  # T of the batch under way
-        self.called = False
-        self.reached = False
-        self.unattributable = False
-        self.seconds = 0.0
-
-    def on_input(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Forward pre-hook."""
-        self._note_call(inputs[0])
-        return (_Tap.apply(inputs[0], inputs[0], self), *inputs[1:])  # type: ignore[no-untyped-call]
-
-    def on_output(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Forward hook."""
-        self._note_call(inputs[0])
-        value = output if self.spectrum.side == "out" else inputs[0].detach()
-        tapped: Tensor = _Tap.apply(output, value, self)  # type: ignore[no-untyped-call]
-        return tapped
-
-    def _note_call(self, X: Tensor) -> None:
-        """Tokens may be regrouped, by experts say, and no longer belong to rows; DeBERTa projects embeddings of
-        distances by the same module, to which no gradient goes, and they would be missed."""
-        self.called = True
-        R, T = self.rows.numel(), self.tokens
-        self.unattributable |= X.shape[:-1] not in ((R, T), (R * T,))
-
-    def attach(self, module: nn.Module) -> RemovableHandle:
-        """Hook the side of the module that the components' basis is of; the output for a row block, since what the
-        module sends back is the gradient of all rows."""
-        if self.spectrum.side == "in" and self.target.rows is None:
-            return module.register_forward_pre_hook(self.on_input)
-        return module.register_forward_hook(self.on_output)
-
-    def add(self, value: Tensor, gradient: Tensor) -> None:
-        """Add what one call of the module contributes.
-
-        Args:
-            value: X or Y, (R, T, width) or (R T, width).
-            gradient: dX or D, of the same shape; D for a row block.
-        """
-        if self.unattributable:
-            return
-        started = time.perf_counter()
-        rows = self.target.rows
-        if rows is not None:
-            gradient = gradient[..., rows.index]
-            if self.spectrum.side == "in":
-                gradient = gradient @ self.target.weight
-            else:
-                value = value[..., rows.index]
-        if self.spectrum.side == "out" and self.bias is not None:
-            value = value - self.bias
-        R = self.rows.numel()
-        self.reached = True
-        basis = self.spectrum.basis.to(_wide_enough(value))
-        P = gradient.reshape(R, -1, gradient.shape[-1]).to(basis.dtype) @ basis
-        Q = value.reshape(R, -1, value.shape[-1]).to(basis.dtype) @ basis
-        self.effect.index_add_(0, self.rows, (P * Q).sum(1).to(self.effect.dtype))
-        self.seconds += time.perf_counter() - started
-
-
-class _Tap(torch.autograd.Function):
-    """The identity, whose backward shows a recorder the gradient together with a value of the forward.
-
-    Autograd itself keeps the value from the forward to the backward: so it is freed as soon as it is used, and is
-    not kept at all but computed again where a block is checkpointed.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, through: Tensor, value: Tensor, recorder: _Recorder) -> Tensor:
-        ctx.save_for_backward(value)
-        ctx.recorder = recorder
-        return through.view_as(through)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (value,) = ctx.saved_tensors
-        ctx.recorder.add(value, gradients[0])
-        return gradients[0], None, None
-
-
-def _wide_enough(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 @contextmanager
-def _hooked(model: nn.Module, targets: Sequence[Target], recorders: Sequence[_Recorder]) -> Iterator[None]:
-    """Hooks on every target, and gradients that reach the first block though no parameter wants one."""
+def _hooked(model: nn.Module, recorders: Sequence[Recorder]) -> Iterator[None]:
+    """The recorders' hooks, and gradients that reach the first block though no parameter wants one."""
     wanted = [p for p in model.parameters() if p.requires_grad]
     with ExitStack() as stack:
         for parameter in wanted:
@@ -155,7 +63,7 @@ def _hooked(model: nn.Module, targets: Sequence[Target], recorders: Sequence[_Re
             stack.callback(parameter.requires_grad_, True)
         embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
         handles = [embeddings.register_forward_hook(lambda *call: call[2].requires_grad_(True))]
-        handles += [recorder.attach(target.module) for target, recorder in zip(targets, recorders, strict=True)]
+        handles += [handle for recorder in recorders for handle in recorder.attach()]
         for handle in handles:
             stack.callback(handle.remove)
         yield
@@ -169,43 +77,43 @@ def effects(
     objective: Objective,
     layout: Layout,
     *,
+    units: Sequence[Unit] = (),
     on_batch: Callable[[float], None] = lambda _: None,
 ) -> tuple[Effects, dict[str, str]]:
-    """Every component's effect on every example, by one forward and backward over `encoded`.
+    """Every component's and every structure's effect on every example, by one forward and backward over `encoded`.
 
     The gradients are those of the model as it is, the components those of its base weights (`spectra`): after a
     first pass the removed ones are merely gone.
 
     Args:
+        units: of structures, beside components.
         on_batch: told the fraction of examples done.
 
     Returns:
-        The effects, and for each target that no gradient reached, why; those have no entry in `by_module`.
+        The effects, and for each target or unit that no gradient reached, why; those have no entry in `by_module`.
     """
     started = time.perf_counter()
     N = len(encoded)
-    dtype = _wide_enough(next(model.parameters()))
-    recorders = [
-        _Recorder(target, spectrum, spectrum.S.new_zeros(N, spectrum.rank, dtype=dtype))
-        for target, spectrum in ((t, spectra[t.name]) for t in targets)
-    ]
+    dtype = wide_enough(next(model.parameters()))
+    recorders: list[Recorder] = [ComponentRecorder(t, spectra[t.name], N, dtype) for t in targets]
+    recorders += [recorder_of(unit, N, dtype) for unit in units]
     loss = torch.zeros(N, dtype=dtype)
     done = 0
-    with _hooked(model, targets, recorders), _Backward(model, objective, recorders) as backward:
+    with _hooked(model, recorders), _Backward(model, objective, recorders) as backward:
         for batch, loss_of_each in in_batches(encoded, layout, "backward", backward):
             loss[batch.examples] = loss_of_each.to("cpu", dtype)
             done += len(batch.examples)
             on_batch(done / N)
     seconds = time.perf_counter() - started
     found, unreached = {}, {}
-    for target, recorder in zip(targets, recorders, strict=True):
+    for recorder in recorders:
         if recorder.unattributable:
-            unreached[target.name] = "its tokens are regrouped and cannot be attributed to examples"
+            unreached[recorder.name] = "its tokens are regrouped and cannot be attributed to examples"
         elif not recorder.reached:
             why = "no gradient reached it" if recorder.called else "the forward pass does not call it"
-            unreached[target.name] = why
+            unreached[recorder.name] = why
         else:
-            found[target.name] = recorder.effect
+            found[recorder.name] = recorder.effect
     hooks = sum(recorder.seconds for recorder in recorders)
     return Effects(found, loss, seconds, seconds - hooks), unreached
 
@@ -214,7 +122,7 @@ class _Backward(ExitStack):
     """Forward and backward of one batch. From the first example on that alone is too much for memory, blocks are
     checkpointed: they keep their inputs alone and are computed again in the backward."""
 
-    def __init__(self, model: nn.Module, objective: Objective, recorders: Sequence[_Recorder]) -> None:
+    def __init__(self, model: nn.Module, objective: Objective, recorders: Sequence[Recorder]) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
