@@ -17,8 +17,12 @@ from typing import Any
 import httpx
 import pytest
 
-from service.jobs import JobSpec
+from service import division
+from service.jobs import MIN_EXAMPLES, JobSpec
 from service.models import resolve
+from service.routes.events import HEARTBEAT_SECONDS
+from service.routes.jobs import LONGEST_WAIT_SECONDS
+from service.settings import MAX_BODY_BYTES
 from tests import tiny
 from tests.conftest import single_thread
 from tests.docs.curls import CURLS
@@ -247,6 +251,27 @@ def test_the_figure_shows_every_size_that_a_run_tried(data: Path, tmp_path: Path
     assert {str(c.size) for c in report.passes[0].candidates if c.size > 1 and " and " not in c.description} <= {*texts}
     assert f"all {report.model.components:,} components" in texts
     assert f"the {report.removed.components} removed" in texts
+
+
+def test_the_pages_tell_the_numbers_that_the_code_has() -> None:
+    from workers import ranking, search, spectrum, trials  # and with them, torch
+    from workers.answering import TERMS
+
+    words = {4: "four", 8: "eight", 16: "16"}
+    method, operating = (" ".join(page.read_text().split()) for page in (DOCS / "method.md", OPERATING))
+    assert f"Under {division.CROSS_FIT_BELOW} examples gradient" in method
+    assert f"over {words[division.FOLDS]} folds" in method
+    assert f"Fewer than {words[MIN_EXAMPLES]} examples are refused" in method
+    assert f"by a fifth, at most {words[ranking.SMALLEST]}, " in method and ranking.FIRST_STEP == 1 / 5
+    assert "over a tenth of the loss" in method and ranking.CREDIBLE == 1 / 10
+    assert "with `t > 2`" in method and ranking.CERTAIN == 2
+    assert "two sizes beyond" in method and search.PATIENCE == 2
+    assert f"at p < {trials.SIGNIFICANCE:g}".replace("0.", ".") in method
+    assert f"go at {spectrum.CACHE_LIMIT_BYTES / 2**30:g} GiB" in operating
+    assert f"for up to {LONGEST_WAIT_SECONDS:g} s" in operating
+    assert f"silent for over {HEARTBEAT_SECONDS:g} s" in operating
+    assert f"{MAX_BODY_BYTES:,} bytes" in operating
+    assert f"each try has {TERMS.seconds} s" in operating
 
 
 def test_the_index_has_every_page() -> None:
