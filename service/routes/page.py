@@ -26,6 +26,7 @@ PAGES = {"index.html": "/", "docs.html": "/docs"}
 SERVED = (".html", ".css", ".js", ".svg")
 HEADERS = {
     "Cache-Control": "no-cache",  # asked for again each time, and not sent again where the ETag is the same
+    # Styles may stand in the document: each chart brings its own.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",

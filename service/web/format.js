@@ -55,7 +55,7 @@ export function progressLine(job) {
     case "cancelling":
       return "Being stopped";
     case "failed":
-      return job.error?.message ?? "Failed";
+      return job.error ? [job.error.param, job.error.message].filter(Boolean).join(": ") : "Failed";
     case "cancelled":
       return "Stopped on request; nothing was published";
     default:

@@ -94,6 +94,7 @@ export function jobView(id, service, signal) {
 
   function draw() {
     setStatus(badge, job.status);
+    document.title = `${job.model}, ${job.status === "running" ? `${Math.round(job.progress.percent)} %` : badge.textContent}`;
     const took = job.started_at && job.finished_at && (Date.parse(job.finished_at) - Date.parse(job.started_at)) / 1000;
     fill(
       facts,

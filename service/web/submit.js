@@ -25,6 +25,8 @@ export function submitForm(service, signal) {
   let rows = [];
   let all = false;
   let asked = new AbortController();
+  // The same until something changes: a submission whose answer was lost is not a second job.
+  let claim = unique();
 
   const models = h("div", { "aria-busy": "true" }, h("p", { class: "muted" }, "Looking for models …"));
   const text = h("textarea", {
@@ -94,18 +96,18 @@ export function submitForm(service, signal) {
   }
 
   /** Text from elsewhere, into the field where it is not too long for one. */
-  function show(source, name) {
+  function show(source, name, mapping = null) {
     const long = source.length > LONGEST_SHOWN;
     text.value = long ? "" : source;
     text.disabled = long;
     longer.hidden = !long && !name;
     const remove = h("button", { type: "button", class: "quiet", onclick: () => (show("", ""), text.focus()) }, "Remove");
     fill(longer, `${name || "Pasted text"}, ${bytes(new Blob([source]).size)} `, remove);
-    read(source, name);
+    read(source, name, mapping);
   }
 
-  function read(source, name) {
-    Object.assign(draft, { text: source, name, mapping: null });
+  function read(source, name, mapping = null) {
+    Object.assign(draft, { text: source, name, mapping });
     all = false;
     parse();
   }
@@ -159,6 +161,7 @@ export function submitForm(service, signal) {
   async function settle() {
     asked.abort();
     asked = new AbortController();
+    claim = unique();
     const { signal: mine } = asked;
     fill(trouble);
     form.querySelectorAll("[aria-invalid]").forEach((control) => control.removeAttribute("aria-invalid"));
@@ -181,7 +184,8 @@ export function submitForm(service, signal) {
     send.disabled = true;
     fill(trouble);
     try {
-      const job = await post("/v1/jobs", body(), { headers: { "Idempotency-Key": unique() } });
+      const job = await post("/v1/jobs", body(), { headers: { "Idempotency-Key": claim } });
+      claim = unique();
       location.hash = `#/jobs/${job.id}`;
     } catch (error) {
       refuse(error);
@@ -222,7 +226,7 @@ export function submitForm(service, signal) {
     choose(draft.model);
   }
 
-  show(draft.text, draft.name);
+  show(draft.text, draft.name, draft.mapping);
   findModels().catch((error) => signal.aborted || fill(models, alertBox(error)));
   return form;
 }
