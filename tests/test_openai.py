@@ -425,6 +425,7 @@ def test_other_errors_are_the_clients_own_too(api: OpenAI, shared_api: Api) -> N
     with pytest.raises(openai.NotFoundError) as absent:
         create(api, model="no-such-model")
     assert (absent.value.code, absent.value.param) == ("model_not_found", "model")
+    assert [model.id for model in api.models.list()] == ["tiny-llama"]
     with pytest.raises(openai.NotFoundError):
         api.fine_tuning.jobs.retrieve("ftjob-abc")
     job = create(api)
