@@ -403,6 +403,12 @@ def test_what_is_wrong_with_an_example_is_told_by_its_line(api: OpenAI) -> None:
     for file, more, param, told in (
         (upload(api, *GOOD, again, name="a.jsonl"), {}, "training_file", "a.jsonl:13: completion"),
         (upload(api, *GOOD[:7]), {}, "training_file", "at least 8"),
+        (
+            upload(api, *chats(), {"messages": [user(), assistant(""), user(), assistant(" ")]}, name="c.jsonl"),
+            {},
+            "training_file",
+            "c.jsonl:13: messages[3].content: empty",
+        ),
         (upload(api, *GOOD, long, name="b.jsonl"), {}, "training_file", "b.jsonl:13: prompt"),
         (
             upload(api),

@@ -43,10 +43,16 @@ class TrainingFile:
         Args:
             param: the field that names the file.
         """
-        located = jsonl.locate(error, {split: self.lines})
-        if located is error:
+        match = jsonl.PARAM.fullmatch(error.param or "")
+        if match is None or match[1] != split:
             return None
-        return type(error)(located.message, param=param)
+        index, field = int(match[2]), match[3]
+        if self.prompt_format is PromptFormat.CHAT:
+            last = len(self.examples[index].chat)
+            written = {"prompt": f"messages[{last - 1}].content", "completion": f"messages[{last}].content"}
+            field = written.get(field, field)
+        as_written = type(error)(error.message, param=f"{split}[{index}].{field}")
+        return type(error)(jsonl.locate(as_written, {split: self.lines}).message, param=param)
 
 
 def read(name: str, content: bytes, param: str) -> TrainingFile:

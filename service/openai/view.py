@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel
 
@@ -41,7 +41,7 @@ class Page(BaseModel, Generic[Item]):
     last_id: str | None
 
     @classmethod
-    def of(cls, found: Sequence[Item], limit: int) -> Page[Item]:
+    def of(cls, found: Sequence[Item], limit: int) -> Self:
         """The first `limit` of what was found, which is one more where there are more."""
         data = list(found[:limit])
         first, last = (data[0].id, data[-1].id) if data else (None, None)
@@ -63,6 +63,10 @@ class FileObject(Object):
     def of(cls, upload: Upload) -> FileObject:
         """An uploaded one."""
         return cls(**upload.model_dump())
+
+
+class FilePage(Page[FileObject]):
+    """One page of files."""
 
 
 class FileDeleted(BaseModel):
@@ -143,6 +147,10 @@ class FineTuningJob(Object):
         )
 
 
+class JobPage(Page[FineTuningJob]):
+    """One page of jobs."""
+
+
 def _name(job: Job, asked: dict[str, Any]) -> str:
     return f"ft:{job.model}:{asked.get('suffix') or ''}:{job.id}"
 
@@ -169,6 +177,10 @@ class FineTuningEvent(Object):
             message=event.message,
             data={"status": STATUSES[event.status], **event.progress.model_dump(exclude={"queue_position"})},
         )
+
+
+class EventPage(Page[FineTuningEvent]):
+    """One page of events."""
 
 
 class CheckpointMetrics(BaseModel):
@@ -218,6 +230,10 @@ class Checkpoint(Object):
             ),
             step_number=one.number,
         )
+
+
+class CheckpointPage(Page[Checkpoint]):
+    """One page of checkpoints."""
 
 
 def seconds(time: datetime) -> int:

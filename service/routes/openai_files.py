@@ -16,7 +16,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from service.errors import Conflict, InvalidInput, JobNotFound, NotFound, PayloadTooLarge, UnsupportedMediaType
 from service.jobs import Job, JobStatus
 from service.openai import examples, results
-from service.openai.view import FileDeleted, FileObject, Page, seconds
+from service.openai.view import FileDeleted, FileObject, FilePage, seconds
 from service.routes import files
 from service.routes.authentication import Caller, Reader, Submitter
 from service.routes.bodies import bounded, content_type
@@ -125,7 +125,7 @@ def list_files(
     after: Annotated[str | None, Query(max_length=100, description="`last_id` of a page.")] = None,
     order: Literal["asc", "desc"] = "desc",
     purpose: Annotated[str, Query(max_length=100)] = FINE_TUNE,
-) -> Page[FileObject]:
+) -> FilePage:
     """What you uploaded, or with `purpose=fine-tune-results` what came of your jobs; an admin key sees everybody's."""
     found: list[FileObject] = []
     if purpose == FINE_TUNE:
@@ -137,7 +137,7 @@ def list_files(
     if after:
         places = [at for at, file in enumerate(found) if file.id == after]
         found = found[places[0] + 1 :] if places else _behind(found, after, order)
-    return Page[FileObject].of(found, limit)
+    return FilePage.of(found, limit)
 
 
 def _behind(found: list[FileObject], after: str, order: str) -> list[FileObject]:

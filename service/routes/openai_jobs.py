@@ -27,7 +27,7 @@ from service.logs import bind_contextvars
 from service.openai import examples, results
 from service.openai.examples import TrainingFile
 from service.openai.requests import FineTuningRequest
-from service.openai.view import FIELDS, Checkpoint, FineTuningEvent, FineTuningJob, Page
+from service.openai.view import FIELDS, Checkpoint, CheckpointPage, EventPage, FineTuningEvent, FineTuningJob, JobPage
 from service.records import JOB_ID, check_event_id
 from service.routes import events, submitting
 from service.routes.authentication import Caller, Reader, Submitter
@@ -115,14 +115,14 @@ def list_jobs(
     service: TheService,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(pattern=f"^{JOB_ID.pattern}$", description="`last_id` of a page.")] = None,
-) -> Page[FineTuningJob]:
+) -> JobPage:
     """Your jobs, newest first, however they were created; an admin key sees everybody's.
 
     `metadata[k]=v` lists those alone whose metadata has it."""
     jobs = service.queue.list_jobs(limit + 1, after, caller.sees, _wanted(request))
     records = service.queue.details([job.id for job in jobs], *FIELDS)
     shown = [FineTuningJob.of(job, record) for job, record in zip(jobs, records, strict=True)]
-    return Page[FineTuningJob].of(shown, limit)
+    return JobPage.of(shown, limit)
 
 
 def _wanted(request: Request) -> Callable[[Job], bool]:
@@ -155,7 +155,7 @@ def refuse(caller: Submitter, service: TheService, job_id: JobId) -> FineTuningJ
 
 @router.get(
     "/{job_id}/events",
-    response_model=Page[FineTuningEvent],
+    response_model=EventPage,
     responses={
         **ERRORS,
         200: {
@@ -184,7 +184,7 @@ async def list_events(
         return EventSourceResponse(streamed, headers=events.HEADERS)
     newest = reversed(await run_in_threadpool(service.queue.events, job_id, None, caller.sees))
     older = [event for event in newest if after is None or _order(event.id) < _order(after)]
-    return Page[FineTuningEvent].of([FineTuningEvent.of(event) for event in older[: limit + 1]], limit)
+    return EventPage.of([FineTuningEvent.of(event) for event in older[: limit + 1]], limit)
 
 
 def _as_sent(event: JobEvent) -> bytes:
@@ -203,14 +203,14 @@ def list_checkpoints(
     job_id: JobId,
     limit: Annotated[int, Query(ge=1, le=100)] = 10,
     after: Annotated[str | None, Query(max_length=100, description="`last_id` of a page.")] = None,
-) -> Page[Checkpoint]:
+) -> CheckpointPage:
     """The passes of a job that has succeeded, the last one first, with what came out on the selection split."""
     job = service.queue.get(job_id, caller.sees)
     if job.status is not JobStatus.SUCCEEDED:
-        return Page[Checkpoint].of([], limit)
+        return CheckpointPage.of([], limit)
     record = service.queue.details([job.id], *FIELDS)[0]
     passes = reversed(results.read_passes(service.store, job))
     found = [Checkpoint.of(job, record, one) for one in passes]
     ids = [one.id for one in found]
     start = ids.index(after) + 1 if after in ids else 0
-    return Page[Checkpoint].of(found[start : start + limit + 1], limit)
+    return CheckpointPage.of(found[start : start + limit + 1], limit)
