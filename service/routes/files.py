@@ -34,6 +34,9 @@ MEDIA_TYPES = {
 # In every archive.
 REPORTS = ("report.html", "report.json")
 
+# `report.html` shows strangers' texts on the API's own origin: there it is to be nobody.
+SANDBOX = "sandbox allow-scripts; frame-ancestors 'self'"
+
 IfNoneMatch = Annotated[str | None, Header()]
 
 
@@ -94,8 +97,7 @@ def get_report(
     response.headers["Vary"] = "Accept"
     if shown and response.status_code == 200:
         response.headers["Content-Disposition"] = "inline"
-        # It shows strangers' texts on the API's own origin: there it is to be nobody.
-        response.headers["Content-Security-Policy"] = "sandbox allow-scripts; frame-ancestors 'self'"
+        response.headers["Content-Security-Policy"] = SANDBOX
     return response
 
 

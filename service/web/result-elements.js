@@ -49,9 +49,11 @@ export function fold(summary, ...children) {
 const MINUS = "\u2212";
 const known = (value) => typeof value === "number" && Number.isFinite(value);
 
-/** `0.797`; a dash for what is not known. */
+/** `0.797`; a dash for what is not known. Halves go to the even digit, as in the verdict. */
 export function number(value, digits = 3) {
-  return known(value) ? value.toFixed(digits).replace("-", MINUS) : "–";
+  if (!known(value)) return "–";
+  const format = { minimumFractionDigits: digits, maximumFractionDigits: digits, useGrouping: false, roundingMode: "halfEven" };
+  return value.toLocaleString("en-US", format).replace("-", MINUS);
 }
 
 /** `+0.557`, `−0.557`. */
