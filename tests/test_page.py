@@ -16,7 +16,9 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, Route, expect
 
 from service.embedded import EmbeddedRedis
+from service.jobs import JobStatus, Objective, Stage
 from service.keys import Scope
+from service.strategies import Strategy
 from tests import browser as browsers
 from tests import tiny
 from tests.browser import Visit
@@ -102,7 +104,7 @@ def test_from_a_submission_to_the_download(visit: Visit) -> None:
     page = visit.open()
     page.get_by_label("Model", exact=True).select_option("tiny-llama")
     page.get_by_role("button", name="Fill in an example task").click()
-    expect(page.get_by_text("72 examples with 4 choices.")).to_be_visible()
+    expect(page.get_by_text("120 examples with 4 choices.")).to_be_visible()
     expect(page.locator(".estimate")).to_contain_text("once a worker takes it")
     page.get_by_role("button", name="Adapt the model").click()
     expect(page).to_have_url(re.compile("#/jobs/job_"))
@@ -116,7 +118,7 @@ def test_from_a_submission_to_the_download(visit: Visit) -> None:
     assert any(name.endswith("adapter/adapter_model.safetensors") for name in names)
     page.get_by_role("link", name="All jobs").click()
     expect(page.locator(".jobs li").first).to_contain_text("done")
-    expect(page.get_by_text("72 examples with 4 choices.")).to_be_visible()  # what was filled in is still there
+    expect(page.get_by_text("120 examples with 4 choices.")).to_be_visible()  # what was filled in is still there
 
 
 def test_what_is_wrong_with_an_example_stands_on_its_line_before_it_is_sent(visit: Visit) -> None:
@@ -153,6 +155,16 @@ def test_a_field_that_is_refused_is_marked(visit: Visit) -> None:
     page.get_by_label("Passes, at most").fill("2")
     expect(page.locator(".estimate")).to_contain_text("About")
     visit.errors = [error for error in visit.errors if "422" not in error]
+
+
+def test_every_strategy_objective_stage_and_status_has_words(visit: Visit) -> None:
+    page = visit.open()
+    expect(page.get_by_label("Model", exact=True)).to_be_visible()
+    radios = page.locator("input[name=strategy]").all()
+    assert [radio.get_attribute("value") for radio in radios] == list(Strategy)
+    assert [option.get_attribute("value") for option in page.locator("#objective option").all()] == list(Objective)
+    assert page.evaluate("import('/format.js').then((words) => Object.keys(words.STAGES))") == list(Stage)
+    assert page.evaluate("import('/jobs.js').then((words) => Object.keys(words.STATUSES))") == list(JobStatus)
 
 
 def test_csv_is_mapped_by_column_and_sent_as_it_is_shown(visit: Visit, server: ServeProcess) -> None:
@@ -354,7 +366,7 @@ def test_the_whole_form_is_reached_and_sent_by_keyboard(visit: Visit) -> None:
         reached.append(page.evaluate("document.activeElement.innerText || document.activeElement.id"))
         if reached[-1] == "Fill in an example task":
             page.keyboard.press("Enter")
-            expect(page.get_by_text("72 examples")).to_be_visible()
+            expect(page.get_by_text("120 examples")).to_be_visible()
         if reached[-1] == "Adapt the model":
             break
     assert reached[:4] == ["To the content", "Compress to Impress", "Jobs", "API"]

@@ -19,8 +19,8 @@ const STRATEGIES = [
 
 const OBJECTIVES = [
   ["both", "The answer's likelihood, and the choice among the options"],
-  ["completion", "The answer's likelihood alone"],
   ["choice", "The choice among the options alone"],
+  ["completion", "The answer's likelihood alone"],
 ];
 
 /** What a new draft begins with. */
