@@ -58,8 +58,10 @@ def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
         app.state.service.queue.check()
         if settings.keys_in_force:
             app.state.service.keys.check_any_usable()
+        # Workers that each take all cores wait for each other's threads and are several times slower than with a share.
+        threads = os.environ.get("OMP_NUM_THREADS") or max(1, _cores() // max(1, settings.workers))
         workers = [
-            _worker(f"worker {number}", settings, redis_url, share=settings.workers)
+            _worker(f"worker {number}", settings, redis_url, threads=threads)
             for number in range(1, settings.workers + 1)
         ]
         processes = [*workers, answerer.process]
@@ -124,14 +126,16 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _worker(name: str, settings: Settings, redis_url: str, *options: str, share: int) -> Child:
-    # Workers that each take all cores wait for each other's threads and are several times slower than with their share.
-    threads = max(1, len(os.sched_getaffinity(0)) // share)
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _worker(name: str, settings: Settings, redis_url: str, *options: str, threads: int | str) -> Child:
     return Child(
         name,
         [sys.executable, "-m", "service.cli", "worker", "--data", str(settings.data), *options],
         # Not in the arguments, which everybody on the machine can read: the URL may hold a password.
-        env={"OMP_NUM_THREADS": str(threads), **os.environ, "REDIS_URL": redis_url},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "REDIS_URL": redis_url},
     )
 
 
@@ -140,8 +144,9 @@ class Answerer:
     try: most services are never asked."""
 
     def __init__(self, settings: Settings, redis_url: str) -> None:
-        # A share of the cores, since it works at the same time as they do.
-        self.process = _worker("answerer", settings, redis_url, "--tries", share=settings.workers + 1)
+        # Few threads: it works beside workers that have all cores, and threads that wait for each other's turn are
+        # slower than one. Two short answers of SmolLM2 on two busy cores took 6 s with one thread, 40 s with two.
+        self.process = _worker("answerer", settings, redis_url, "--tries", threads=max(1, _cores() // 4))
         self._wanted = settings.workers > 0
         self._lock = threading.Lock()
 

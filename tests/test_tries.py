@@ -77,20 +77,21 @@ def publish(api: Api, folder: Path, **changes: Any) -> str:
     """A job that has removed components of a real model, and published what a real one does."""
     spec = JobSpec.parse(live.spec(model=folder.name, **changes))
     service, job_id = api.service, new_job_id()
-    service.store.put_input(job_id, spec)
-    service.queue.create(job_id, spec)
-    attempt = service.queue.start(job_id)
     base = plain.loaded(folder)
     targets, spectra = plain.targets_of(folder)
     plan = Plan({target.name: tuple(range(12)) for target in targets[::2]})
     report = stand_in.make_report(spec)
     revision = models.resolve(service.settings.models, folder.name).revision
     report = report.model_copy(update={"model": report.model.model_copy(update={"revision": revision})})
-    with service.store.workspace(job_id, attempt) as out:
-        write_adapter(out / "adapter", folder.name, targets, spectra, plan, masked=base.masked)
-        write_model(out / "model", base, targets, spectra, plan)
-        (out / "report.json").write_text(report.model_dump_json())
-        service.store.publish(job_id, attempt, out)
+    out = service.settings.data / job_id
+    write_adapter(out / "adapter", folder.name, targets, spectra, plan, masked=base.masked)
+    write_model(out / "model", base, targets, spectra, plan)
+    (out / "report.json").write_text(report.model_dump_json())
+    # All at once, and long before the lease lapses.
+    service.store.put_input(job_id, spec)
+    service.queue.create(job_id, spec)
+    attempt = service.queue.start(job_id)
+    service.store.publish(job_id, attempt, out)
     service.queue.succeed(job_id, attempt, report.brief())
     return job_id
 
@@ -178,7 +179,8 @@ def test_the_bases_answer_is_there_first_and_with_the_job_all_is_gone(world: Wor
     job_id = publish(world.api, world.api.settings.models / "llama")
     asked = world.ask(job_id, "block")
     assert asked.headers["location"] == f"/v1/jobs/{job_id}/tries/{asked.json()['id']}"
-    first = world.get(asked.headers["location"], 30).json()
+    while not (first := world.get(asked.headers["location"], 30).json())["base"]:
+        pass
     assert (first["status"], first["base"], first["adapted"]) == ("running", {"text": " of the base"}, None)
     queued = world.ask(job_id, "block again")  # behind it
     assert queued.json()["status"] == "queued"

@@ -94,18 +94,18 @@ async def get_try(
     try_id: str,
     wait: Annotated[
         float,
-        Query(ge=0, le=LONGEST_WAIT_SECONDS, allow_inf_nan=False, description="Seconds to wait for the next answer."),
+        Query(ge=0, le=LONGEST_WAIT_SECONDS, allow_inf_nan=False, description="Seconds to wait for a change."),
     ] = 0,
 ) -> Try:
-    """One try; with `wait`, as soon as it has one answer more than now or has ended, or after so many seconds."""
+    """One try; with `wait`, as soon as it changes (it is begun, an answer comes, it ends), or after so many seconds."""
     await run_in_threadpool(service.queue.status, job_id, caller.sees)
     found = await run_in_threadpool(service.tries.get, try_id, job_id)
     deadline = time.monotonic() + wait
     if wait:
         service.watcher.check_room(caller.owner)
         with service.watcher.watch(try_id, caller.owner) as watch:
-            before = found.answers
-            while not found.ended and found.answers == before and await watch.wait(deadline - time.monotonic()):
+            before = found
+            while not found.ended and found == before and await watch.wait(deadline - time.monotonic()):
                 if service.watcher.stopped:
                     break
                 found = await run_in_threadpool(service.tries.get, try_id, job_id)

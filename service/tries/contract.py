@@ -54,11 +54,6 @@ class Try(Strict):
     error: JobError | None = None
 
     @property
-    def answers(self) -> int:
-        """How many there are by now."""
-        return (self.base is not None) + (self.adapted is not None)
-
-    @property
     def ended(self) -> bool:
         """Whether it will never change again."""
         return JobStatus(self.status).terminal
