@@ -24,6 +24,7 @@ class Settings(BaseSettings):
     data: Path = Path("data")
     """Models, artifacts, caches and the embedded Redis live below."""
     host: str = "127.0.0.1"
+    """Address to listen on; on any but loopback, API keys are asked for."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """0 takes a free one."""
     workers: Annotated[int, Field(ge=0, le=64)] = 1

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import chdir
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,20 @@ class Block:
 
     def commands(self) -> list[str]:
         """The commands of a shell block, comments and empty lines left out."""
-        found, pending = [], ""
-        for line in self.text.splitlines():
-            pending += f"{line}\n"
-            if not pending.strip() or re.fullmatch(r"\s*#.*\n", pending):
-                pending = ""
-            elif not line.endswith("\\") and _is_whole(pending):
-                found.append(pending.strip())
-                pending = ""
-        return [*found, pending.strip()] if pending else found
+        return _commands(self.text) if self.language == "sh" else []
+
+
+@lru_cache(maxsize=1_000)
+def _commands(text: str) -> list[str]:
+    found, pending = [], ""
+    for line in text.splitlines():
+        pending += f"{line}\n"
+        if not pending.strip() or re.fullmatch(r"\s*#.*\n", pending):
+            pending = ""
+        elif not line.endswith("\\") and _is_whole(pending):
+            found.append(pending.strip())
+            pending = ""
+    return [*found, pending.strip()] if pending else found
 
 
 def _is_whole(commands: str) -> bool:
