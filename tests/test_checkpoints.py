@@ -390,7 +390,7 @@ def test_weights_that_the_checkpoint_stores_in_another_form_cannot_be_written_ba
     targets, _ = find_targets(base.model)
     spectra = {t.name: decompose(t.weight) for t in targets}
     targets[0].weight.add_(1)  # no longer what the checkpoint holds
-    with pytest.raises(UnusableModel, match=f"stores {targets[0].name} in a form"):
+    with pytest.raises(UnusableModel, match=f"stores {targets[0].name}.weight in a form"):
         write_model(tmp_path / "model", base, targets, spectra, Plan({targets[0].name: (0,)}))
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tests.plain import loaded, targets_of, weights_of
-from workers.pruning import applied, lora_factors, module_factors, pruned
+from workers.adapters import lora_factors, module_factors
+from workers.pruning import applied, pruned
 from workers.ranking import Plan
 from workers.spectrum import Spectrum, decompose
 from workers.targets import Target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,16 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from service.jobs import Objective
 from tests import plain, test_masked, tiny
 from tests.plain import ARCHITECTURES, MIXTURES, loaded, targets_of
+from workers.adapters import updates
 from workers.branches import find_branches
-from workers.evaluation import evaluate
-from workers.examples import Encoded, Layout
+from workers.checkpoints import reload_check, write_adapter, write_model
+from workers.evaluation import answer_logits, evaluate
+from workers.examples import Encoded, Layout, batches
 from workers.gradients import effects
+from workers.loading import load
+from workers.pruning import applied
+from workers.ranking import Indices, Plan
+from workers.spectrum import decompose
 from workers.structures import Columns, Kind, Unit, Whole, find_units, tile_units
+from workers.targets import decoder_blocks, find_targets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -168,3 +177,115 @@ def test_what_cannot_be_found_is_named(tiny_models: TinyModels) -> None:
         "model.layers.0:all",
     ]
     assert "model.layers.1" in {s.module for s in skipped}
+
+
+def drawn(unit: Unit, seed: int) -> tuple[int, ...]:
+    """Some of a unit's structures: every third, or the one that there is."""
+    return tuple(range(seed % unit.count, unit.count, 3))
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("architecture", ARCHITECTURES + MIXTURES + MASKED)
+def test_a_structure_that_is_removed_is_one_whose_gate_is_zero_and_all_is_undone_to_the_bit(
+    architecture: str, tiny_models: TinyModels
+) -> None:
+    folder = tiny_models(architecture, "float64")
+    model, pool = loaded(folder).model, pool_of(architecture, folder)
+    units = units_of(folder)
+    # One kind at a time over all layers, layers each by itself: a model without any predicts alike whatever is gone.
+    plans: list[Indices] = [{u.name: drawn(u, k) for k, u in enumerate(units) if u.kind == kind} for kind in Kind]
+    plans = [*plans[:-3], *({u.name: (0,)} for u in units if isinstance(u, Whole))]
+    batch = next(batches(pool, FLAT))
+    before = plain.weights_of(model)
+    for structures in plans:
+        with ExitStack() as stack, torch.no_grad():
+            for unit in units:
+                if unit.name in structures:
+                    gates = torch.ones(unit.count, dtype=torch.float64)
+                    gates[list(structures[unit.name])] = 0
+                    stack.enter_context(gated(unit, gates))
+            expected = answer_logits(model, batch)
+        with applied([], {}, Plan({}, structures), units), torch.no_grad():
+            found = answer_logits(model, batch)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+        assert bool(torch.isfinite(found).all())
+        if structures:
+            assert not torch.allclose(answer_logits(model, batch), found, rtol=0, atol=1e-6)
+    after = plain.weights_of(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gptj", "gpt_neox", "gpt2", "phi3", "qwen3"])
+def test_a_decoder_block_that_is_removed_hands_on_what_it_is_given(architecture: str, tiny_models: TinyModels) -> None:
+    folder = tiny_models(architecture)
+    model, units = loaded(folder).model, units_of(folder)
+    block = decoder_blocks(model)[1][1]
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def hear(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        seen.append((inputs[0], output[0] if isinstance(output, tuple) else output))
+
+    handle = block.register_forward_hook(hear)
+    (name,) = [unit.name for unit in units if unit.kind == Kind.LAYERS and unit.layer == 1]
+    with applied([], {}, Plan({}, {name: (0,)}), units), torch.no_grad():
+        answer_logits(model, next(batches(plain.encoded(folder), FLAT)))
+    handle.remove()
+    assert torch.equal(*seen[0])
+
+
+EDITED = [
+    ("llama", "float32"),
+    ("llama", "bfloat16"),
+    ("gpt2", "float32"),
+    ("gpt_neox", "float32"),
+    ("bert", "float32"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(("architecture", "dtype"), EDITED)
+def test_a_plan_of_everything_is_what_adapter_and_model_hold_when_they_are_read_back(
+    architecture: str, dtype: str, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    folder = tiny_models(architecture, dtype)
+    base = load(folder)
+    targets, _ = find_targets(base.model)
+    spectra = {target.name: decompose(target.weight) for target in targets}
+    found = find_units(base.model, targets, set(Kind))[0]
+    units = [*found, *tile_units(targets, SIDE)]
+    rounds: list[set[str]] = [{Kind.HEADS, Kind.NEURONS}, {Kind.GROUPS, Kind.MLP}, {f"blocks{SIDE}"}, {Kind.LAYERS}]
+    for k, kinds in enumerate(rounds):
+        structures = {u.name: drawn(u, u.layer) for u in units if u.kind in kinds and (u.layer == 1 or k < 1)}
+        plan = Plan({targets[-1].name: (0, 2), targets[1].name: (1,)}, structures)
+        out = tmp_path / str(k)
+        write_adapter(out / "adapter", "m", targets, spectra, plan, units, masked=base.masked)
+        write_model(out / "model", base, targets, spectra, plan, units)
+        batch = next(batches(pool_of(architecture, folder), FLAT))
+        with applied(targets, spectra, plan, units), torch.no_grad():
+            expected = answer_logits(base.model, batch)
+        assert not torch.allclose(answer_logits(base.model, batch), expected, rtol=0, atol=0.01)
+        adapter, merged = reload_check(out, base, batch, expected)
+        assert merged == 0
+        assert adapter < (0.5 if dtype == "bfloat16" else 1e-3)
+        with safe_open(out / "adapter" / "adapter_model.safetensors", framework="pt") as opened:
+            ranks = {key: opened.get_slice(key).get_shape()[0] for key in opened.keys() if "lora_A" in key}  # noqa: SIM118
+        for target in targets:
+            rank = ranks.get(f"base_model.model.{target.name}.lora_A.weight", 0)
+            assert rank <= min(target.shape)
+        config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+        assert config["lora_bias"] is (bool(kinds & {Kind.MLP, Kind.LAYERS}) and architecture != "llama")
+
+
+def test_the_adapter_of_heads_and_neurons_has_a_rank_for_each_column_that_is_gone(tiny_models: TinyModels) -> None:
+    folder = tiny_models("llama")
+    targets, units = targets_of(folder)[0], units_of(folder)
+    structures = {"model.layers.0.mlp:neurons": (3, 7), "model.layers.1.self_attn:heads": (2,)}
+    found = updates(targets, {}, Plan({}, structures), units)
+    ranks = {name: update.A.shape[0] for name, update in found.items()}
+    assert ranks == {"model.layers.0.mlp.down_proj": 2, "model.layers.1.self_attn.o_proj": 8}
+    W = next(t for t in targets if t.name == "model.layers.0.mlp.down_proj").weight
+    update = found["model.layers.0.mlp.down_proj"]
+    assert update.bias is None
+    merged = W + update.B @ update.A
+    assert torch.equal(merged[:, [3, 7]], torch.zeros(32, 2))
+    assert torch.equal(merged[:, 8:], W[:, 8:])

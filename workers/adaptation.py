@@ -29,7 +29,6 @@ from workers.examples import LOGIT_BUDGET, TOKEN_BUDGET, TOKEN_BUDGET_CUDA, Enco
 from workers.loading import Checkpoint, load
 from workers.model_card import write_cards
 from workers.progress import OnProgress, Progress
-from workers.pruning import applied
 from workers.ranking import Plan
 from workers.reporting import Findings, Tested, make_report
 from workers.rounding import applied_unrounded
@@ -182,7 +181,7 @@ def _decompose(targets: Sequence[Target], cache: SpectrumCache, progress: Progre
 
 
 def _test(subject: Subject, test: Sequence[Encoded], plan: Plan) -> Outcome:
-    with applied(subject.targets, subject.spectra, plan):
+    with subject.without(plan):
         return evaluate(subject.model, test, subject.objective, subject.layout)
 
 
@@ -216,7 +215,7 @@ def _verify(out: Path, base: Checkpoint, subject: Subject, plan: Plan, examples:
     layout = subject.layout
     held = replace(layout, tokens=layout.limits.get("forward", layout.tokens))
     batch = next(batches(examples, held)).to(next(base.model.parameters()).device)
-    with applied(subject.targets, subject.spectra, plan), torch.no_grad():
+    with subject.without(plan), torch.no_grad():
         expected = answer_logits(base.model, batch)
     adapter, merged = reload_check(out, base, batch, expected)
     return Verification(adapter=adapter, model=merged)

@@ -6,7 +6,8 @@ bits the adapter's factors were rounded when they were written, and `model/` was
 be neighbouring numbers.
 
 An adapter of ours proves which model it is of. A component that it removes is one of the weight's own: `W a = -b`
-where its direction a is of unit length, `b^T W = -a` where b is. Of another weight, of a fine-tuned sister say, neither
+where its direction a is of unit length, `b^T W = -a` where b is; a column that it takes to zero is the weight's without
+the components. Of another weight, of a fine-tuned sister say, neither
 holds, though all shapes agree.
 """
 
@@ -58,11 +59,24 @@ class Factors:
         W, A, B = W.double(), self.A.double(), self.B.double()
         if not B.count_nonzero() or _is_identity(A) or _is_identity(B):
             return 0.0  # of nothing, or of more components than there are ranks: their sum alone is stored
+        zeroing = _is_one_hot(A) | _is_one_hot(B.T)
+        left = torch.addmm(W, B[:, ~zeroing], A[~zeroing])
         scale = torch.linalg.vector_norm(W)
-        # A row block's component knows nothing of the other rows, where b is zero.
-        by_a = torch.where(B != 0, W @ A.T + B, 0).norm(dim=0) / scale * W.shape[1] ** 0.5
-        by_b = (B.T @ W + A).norm(dim=1) / scale * W.shape[0] ** 0.5
-        return float(torch.minimum(by_a, by_b).max())
+        return max(_strange(W, A[~zeroing], B[:, ~zeroing]), _strange(left, A[zeroing], B[:, zeroing])) / float(scale)
+
+
+def _strange(W: Tensor, A: Tensor, B: Tensor) -> float:
+    if not A.numel():
+        return 0.0
+    # A row block's component knows nothing of the other rows, where b is zero; a tile of the other columns nothing.
+    by_a = torch.where(B != 0, W @ A.T + B, 0).norm(dim=0) * W.shape[1] ** 0.5
+    by_b = torch.where(A != 0, B.T @ W + A, 0).norm(dim=1) * W.shape[0] ** 0.5
+    return float(torch.minimum(by_a, by_b).max())
+
+
+def _is_one_hot(rows: Tensor) -> Tensor:
+    """(r,) which rows are of the identity: what they stand beside takes columns, or rows, of a weight to zero."""
+    return (rows.count_nonzero(1) == 1) & (rows.sum(1) == 1)
 
 
 def _is_identity(factor: Tensor) -> bool:

@@ -18,7 +18,6 @@ from service.reports import ChangedExample
 from workers.batching import in_batches
 from workers.evaluation import Outcome, answer_logits
 from workers.examples import Batch, Encoded, Tokenizer
-from workers.pruning import applied
 from workers.ranking import Plan
 from workers.search import Subject
 
@@ -98,7 +97,7 @@ def _answers(
         rows = [i for i, own in enumerate(plans) if own is plan and not examples[i].closed]
         if not rows:
             continue
-        with applied(subject.targets, subject.spectra, plan):
+        with subject.without(plan):
             for i, tokens in zip(rows, decode_greedily(subject, [examples[i] for i in rows]), strict=True):
                 answers[i] = tokenizer.decode(tokens, skip_special_tokens=True)
     return answers

@@ -16,17 +16,18 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor, nn
 
 from service.errors import InternalError, UnusableModel
 from service.weights import weight_files
+from workers.adapters import Update, updates
 from workers.evaluation import answer_logits
 from workers.examples import Batch
 from workers.loading import Checkpoint, load_model
-from workers.pruning import applied, module_factors
+from workers.pruning import applied, cleared, zeroed
 from workers.ranking import Plan
 from workers.spectrum import Spectrum
+from workers.structures import Unit
 from workers.targets import Target
 
 # What a tokenizer or a configuration is made of, and the licence; weights are written, everything else is left behind.
@@ -43,29 +44,31 @@ def write_adapter(
     targets: Sequence[Target],
     spectra: Mapping[str, Spectrum],
     plan: Plan,
+    units: Sequence[Unit] = (),
     *,
     masked: bool = False,
 ) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json`: one LoRA a module, whatever its row blocks.
 
     Scaling is 1 for every module, and for the whole adapter too: a server that reads `r` and `lora_alpha` but no
-    pattern does the same. An empty plan is an adapter of one rank that is zero. PEFT knows no task type for a
-    masked language model.
+    pattern does the same. Where a branch goes with its bias, every module of the adapter has a bias of its own
+    (`lora_bias`), which PEFT knows and few servers do. An empty plan is an adapter of one rank that is zero. PEFT knows
+    no task type for a masked language model.
     """
+    found = updates(targets, spectra, plan, units)
+    if not found:
+        like = targets[0].whole_weight
+        rows, columns = like.shape
+        found = {targets[0].module_name: Update(like.new_zeros(1, columns), like.new_zeros(rows, 1), None)}
+    with_biases = any(update.bias is not None for update in found.values())
     tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    removed = plan if plan.size else Plan({targets[0].name: (0,)})
-    touched = [t for t in targets if removed.components.get(t.name)]
-    by_module: dict[str, list[Target]] = {}
-    for target in touched:
-        by_module.setdefault(target.module_name, []).append(target)
-    for name, blocks in by_module.items():
-        A, B = module_factors(blocks, spectra, removed)
-        if not plan.size:
-            B.zero_()
-        ranks[name] = A.shape[0]
-        tensors[f"base_model.model.{name}.lora_A.weight"] = A.cpu()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = B.cpu()
+    for name, update in found.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = update.A.cpu()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = update.B.cpu()
+        if with_biases:
+            bias = update.B.new_zeros(update.B.shape[0]) if update.bias is None else update.bias
+            tensors[f"base_model.model.{name}.lora_B.bias"] = bias.cpu()
+    ranks = {name: update.A.shape[0] for name, update in found.items()}
     r = max(ranks.values())
     config = LoraConfig(
         task_type=None if masked else "CAUSAL_LM",
@@ -76,7 +79,8 @@ def write_adapter(
         target_modules=sorted(ranks),
         rank_pattern={name: rank for name, rank in ranks.items() if rank != r},
         alpha_pattern={name: rank for name, rank in ranks.items() if rank != r},
-        fan_in_fan_out=all(isinstance(t.module, Conv1D) for t in touched),
+        fan_in_fan_out=all(t.transposed for t in targets if t.module_name in found),
+        lora_bias=with_biases,
     )
     # peft keeps target modules in a set: written as it is, the file would differ from run to run.
     config.target_modules = sorted(ranks)
@@ -86,19 +90,30 @@ def write_adapter(
 
 
 def write_model(
-    folder: Path, base: Checkpoint, targets: Sequence[Target], spectra: Mapping[str, Spectrum], plan: Plan
+    folder: Path,
+    base: Checkpoint,
+    targets: Sequence[Target],
+    spectra: Mapping[str, Spectrum],
+    plan: Plan,
+    units: Sequence[Unit] = (),
 ) -> None:
     """Write the base's own files with the pruned weights in them: same shards, names, order, dtype and metadata."""
-    changed = {t.module_name: t for t in targets if plan.components.get(t.name)}
+    changed = _changed(base, targets, plan, units)
     folder.mkdir(parents=True)
     copy_files(base.folder, folder)
     owners = _tensor_owners(base, changed)  # by their content: before the plan is applied
-    with applied(targets, spectra, plan):
+    with applied(targets, spectra, plan, units):
         for shard in weight_files(base.folder):
-            mine = {key: changed[name] for name, (file, key) in owners.items() if file == shard.name}
-            write_shard(
-                shard, folder, {key: target.module.get_parameter("weight").detach() for key, target in mine.items()}
-            )
+            mine = {key: changed[name].detach() for name, (file, key) in owners.items() if file == shard.name}
+            write_shard(shard, folder, mine)
+
+
+def _changed(base: Checkpoint, targets: Sequence[Target], plan: Plan, units: Sequence[Unit]) -> dict[str, nn.Parameter]:
+    """The weights and biases that the plan changes, by their names in the model."""
+    changed = [target.module.get_parameter("weight") for target in targets if plan.components.get(target.name)]
+    changed += [parameter for unit, _, target in cleared(plan, units) for parameter in zeroed(unit, target)]
+    wanted = {id(parameter) for parameter in changed}
+    return {name: parameter for name, parameter in base.model.named_parameters() if id(parameter) in wanted}
 
 
 def copy_files(base: Path, folder: Path) -> None:
@@ -127,8 +142,8 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | Non
     path.chmod(0o644)  # safetensors gives what it writes to its owner alone
 
 
-def _tensor_owners(base: Checkpoint, changed: Mapping[str, Target]) -> dict[str, tuple[str, str]]:
-    """For each changed module the shard and the key of its weight in the base's checkpoint.
+def _tensor_owners(base: Checkpoint, changed: Mapping[str, nn.Parameter]) -> dict[str, tuple[str, str]]:
+    """For each changed parameter the shard and its key in the base's checkpoint.
 
     A checkpoint may leave out the model's prefix or have one more; the content decides, not the name.
 
@@ -140,10 +155,10 @@ def _tensor_owners(base: Checkpoint, changed: Mapping[str, Target]) -> dict[str,
     for shard in weight_files(base.folder):
         with safe_open(shard, framework="pt") as opened:
             keys = set(opened.keys())
-            for name, target in changed.items():
-                for key in (f"{name}.weight", f"{name}.weight".removeprefix(f"{prefix}."), f"{prefix}.{name}.weight"):
+            for name, parameter in changed.items():
+                for key in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
                     if name not in found and key in keys:
-                        stored, own = opened.get_tensor(key), target.module.get_parameter("weight").detach().cpu()
+                        stored, own = opened.get_tensor(key), parameter.detach().cpu()
                         if stored.shape == own.shape and torch.equal(stored.to(own.dtype), own):
                             found[name] = (shard.name, key)
     missing = sorted(set(changed) - set(found))

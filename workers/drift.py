@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from workers.evaluation import answer_logits
 from workers.examples import Batch, Encoded, Tokenizer, batches, special_prefix
-from workers.pruning import applied
 from workers.ranking import Plan
 from workers.search import Subject
 
@@ -107,7 +106,7 @@ class NeutralText:
             return 0.0
         self.record()
         known = subject or self._subject
-        with applied(known.targets, known.spectra, plan):
+        with known.without(plan):
             return self.measure()
 
     def record(self) -> None:

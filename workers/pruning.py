@@ -1,8 +1,9 @@
-"""Applying a plan to a model and undoing it, and the plan as an exact low-rank adapter.
+"""Applying a plan to a model and undoing it.
 
-Removing components J of a weight is `W - sum_j s_j u_j v_j^T = W + B A` with B (out, j) and A (j, in): a LoRA of
-rank |J| that subtracts. A plan is always applied to the base weights, in one step, and undone by putting the base
-weights back, so the weights come back to the bit and do not depend on what was tried before.
+Removing components J of a weight is `W - sum_j s_j u_j v_j^T`; removing structures sets entries of what is then left
+to zero, and the bias too where a whole branch goes (`workers.structures`). A plan is always applied to the base
+weights, in one step, and undone by putting the base weights back, so the weights come back to the bit and do not depend
+on what was tried before.
 
 A plan may edit several row blocks of one weight. They have no row in common: each is pruned as if it were alone.
 """
@@ -17,18 +18,28 @@ from torch import Tensor, nn
 
 from workers.ranking import Plan
 from workers.spectrum import Spectrum
+from workers.structures import Unit
 from workers.targets import Target
 
 
 @contextmanager
-def applied(targets: Sequence[Target], spectra: Mapping[str, Spectrum], plan: Plan) -> Iterator[None]:
-    """The model with the plan's components removed, for the length of the context. Contexts do not nest: a plan
-    is meant for the base weights.
+def applied(
+    targets: Sequence[Target], spectra: Mapping[str, Spectrum], plan: Plan, units: Sequence[Unit] = ()
+) -> Iterator[None]:
+    """The model with the plan's components and structures removed, for the length of the context. Contexts do not
+    nest: a plan is meant for the base weights.
 
     The base weights are laid aside, not overwritten: undoing costs nothing. Memory: a second tensor for each weight
     that the plan touches.
     """
-    laid_aside: dict[str, tuple[nn.Parameter, Tensor]] = {}
+    laid_aside: dict[int, tuple[nn.Parameter, Tensor]] = {}
+
+    def lay_aside(parameter: nn.Parameter) -> bool:
+        """Whether it was not before."""
+        known = id(parameter) in laid_aside
+        laid_aside.setdefault(id(parameter), (parameter, parameter.data))
+        return not known
+
     try:
         for target in targets:
             components = plan.components.get(target.name)
@@ -36,65 +47,47 @@ def applied(targets: Sequence[Target], spectra: Mapping[str, Spectrum], plan: Pl
                 continue
             parameter = target.module.get_parameter("weight")
             new = pruned(target.weight, spectra[target.name], components)
-            first = target.module_name not in laid_aside
-            laid_aside.setdefault(target.module_name, (parameter, parameter.data))
+            first = lay_aside(parameter)
             if target.rows is None:
                 parameter.data = new.T.contiguous() if target.transposed else new
             else:
                 if first:
                     parameter.data = parameter.data.clone()
                 target.whole_weight[target.rows.index] = new
+        for unit, indices, target in cleared(plan, units):
+            for parameter in zeroed(unit, target):
+                if lay_aside(parameter):
+                    parameter.data = parameter.data.clone()
+            clear(unit, indices, target)
         yield
     finally:
         for parameter, base in laid_aside.values():
             parameter.data = base
 
 
+def cleared(plan: Plan, units: Sequence[Unit]) -> Iterator[tuple[Unit, tuple[int, ...], Target]]:
+    """The weights that lose entries, each with the unit and the structures that it loses them by."""
+    for unit in units:
+        indices = plan.structures.get(unit.name)
+        if indices:
+            for target in unit.targets:
+                yield unit, indices, target
+
+
+def zeroed(unit: Unit, target: Target) -> list[nn.Parameter]:
+    """What removing structures of the unit writes zeros into: the weight, and of a whole branch the bias."""
+    names = ["weight", "bias"] if unit.whole and target.bias is not None else ["weight"]
+    return [target.module.get_parameter(name) for name in names]
+
+
+def clear(unit: Unit, indices: Sequence[int], target: Target) -> None:
+    """Write the zeros, in place."""
+    unit.clear(target.whole_weight, indices)
+    if unit.whole and target.bias is not None:
+        target.bias.zero_()
+
+
 def pruned(W: Tensor, spectrum: Spectrum, components: Sequence[int]) -> Tensor:
     """W (out, in) without the components, in W's dtype; the difference is taken in float32 or wider."""
     B, A = spectrum.factors(W, components)
     return torch.addmm(W.to(B.dtype), B, A, alpha=-1).to(W.dtype)
-
-
-def lora_factors(W: Tensor, spectrum: Spectrum, components: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The removal as PEFT stores it.
-
-    Returns:
-        lora_A (j, in) and lora_B (out, j) with `W + lora_B @ lora_A` the pruned weight, in W's dtype.
-    """
-    B, A = spectrum.factors(W, components)
-    return A.to(W.dtype).contiguous(), (-B).to(W.dtype).contiguous()
-
-
-def module_factors(blocks: Sequence[Target], spectra: Mapping[str, Spectrum], plan: Plan) -> tuple[Tensor, Tensor]:
-    """The removal of one module's components, of whichever of its row blocks, as PEFT stores it.
-
-    Args:
-        blocks: the module's targets that the plan touches, at least one.
-
-    Returns:
-        lora_A (j, in) and lora_B (out, j), in the weight's dtype; j is the number of components, or the smaller side
-        of the weight where that is less.
-    """
-    whole = blocks[0].whole_weight
-    factors = [lora_factors(t.weight, spectra[t.name], plan.components[t.name]) for t in blocks]
-    A = torch.cat([A for A, _ in factors])
-    B = whole.new_zeros(whole.shape[0], A.shape[0])
-    at = 0
-    for target, (_, part) in zip(blocks, factors, strict=True):
-        columns = slice(at, at + part.shape[1])
-        if target.rows is None:
-            B[:, columns] = part
-        else:
-            rows = B[:, columns]
-            rows[target.rows.index] = part
-        at = columns.stop
-    if A.shape[0] <= min(whole.shape):
-        return A, B
-    # Blocks can lose more components together than the weight has: the difference itself is the smaller form.
-    wide = torch.float64 if whole.dtype == torch.float64 else torch.float32
-    difference = (B.to(wide) @ A.to(wide)).to(whole.dtype)
-    out, in_ = whole.shape
-    if in_ <= out:
-        return torch.eye(in_, dtype=whole.dtype, device=whole.device), difference
-    return difference, torch.eye(out, dtype=whole.dtype, device=whole.device)

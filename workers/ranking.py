@@ -27,25 +27,50 @@ SMALLEST = 16
 # Components with a t beyond this tell what a usual standard error is.
 CERTAIN = 2.0
 
+Indices = Mapping[str, tuple[int, ...]]
 Single = tuple[str, int]
-"""One component: its target's name and its index."""
+"""One component or structure: its target's or unit's name, and its index."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is removed: for each module the indices of its removed components, ascending."""
+    """What is removed: for each module the indices of its components, for each unit those of its structures,
+    ascending."""
 
-    components: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    components: Indices = field(default_factory=dict)
+    structures: Indices = field(default_factory=dict)
 
     @property
     def size(self) -> int:
-        """The number of components removed."""
-        return sum(map(len, self.components.values()))
+        """The number of components and structures removed."""
+        return sum(map(len, (*self.components.values(), *self.structures.values())))
+
+    @property
+    def removed(self) -> Indices:
+        """Components and structures, by the names of targets and units."""
+        return {**self.components, **self.structures}
 
     def union(self, other: Plan) -> Plan:
-        """What either removes, modules in sorted order."""
-        names = sorted({*self.components, *other.components})
-        return Plan({n: tuple(sorted({*self.components.get(n, ()), *other.components.get(n, ())})) for n in names})
+        """What either removes, names in sorted order."""
+        return Plan(_union(self.components, other.components), _union(self.structures, other.structures))
+
+
+def plan_of(removed: Mapping[str, Collection[int]]) -> Plan:
+    """The plan that removes these components and structures, by the names of targets and units."""
+    ordered = {name: tuple(sorted(removed[name])) for name in sorted(removed)}
+    return Plan(
+        {name: own for name, own in ordered.items() if not is_unit(name)},
+        {name: own for name, own in ordered.items() if is_unit(name)},
+    )
+
+
+def is_unit(name: str) -> bool:
+    """Whether a name is a unit's, `model.layers.3.mlp:neurons`, and no weight's, of whichever rows."""
+    return ":" in name and not name.endswith("]")
+
+
+def _union(a: Indices, b: Indices) -> Indices:
+    return {name: tuple(sorted({*a.get(name, ()), *b.get(name, ())})) for name in sorted({*a, *b})}
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +115,11 @@ class Ranking:
         kept = torch.tensor([(self.modules[m], i) not in left_out for m, i in named], dtype=torch.bool)
         return self._only(kept)
 
+    def by(self, score: Tensor) -> Ranking:
+        """The candidates in another order: the highest score (n,) first, infinitely low ones not at all."""
+        order = score.argsort(descending=True, stable=True)
+        return self._only(order[score[order] > -torch.inf])
+
     def _only(self, which: Tensor) -> Ranking:
         """Some of the candidates: (k,) int64 in the order wanted, or (n,) bool."""
         return Ranking(self.modules, self.module[which], self.component[which], self.t[which], self.fall[which])
@@ -99,7 +129,7 @@ class Ranking:
         chosen: dict[str, list[int]] = {}
         for m, i in zip(self.module[:n].tolist(), self.component[:n].tolist(), strict=True):
             chosen.setdefault(self.modules[m], []).append(i)
-        return Plan({name: tuple(sorted(chosen[name])) for name in sorted(chosen)})
+        return plan_of(chosen)
 
 
 def t_scores(a: Tensor) -> Tensor:
@@ -124,9 +154,9 @@ def rank(effects: Mapping[str, Tensor], rows: Sequence[int] | None = None, remov
     Args:
         effects: for each module (N, rank).
         rows: the examples to rank by; all, if None.
-        removed: components that are gone already.
+        removed: what is gone already.
     """
-    gone = removed.components if removed else {}
+    gone = removed.removed if removed else {}
     modules, index, ts, means = tuple(effects), [], [], []
     owners = []
     for m, (name, a) in enumerate(effects.items()):

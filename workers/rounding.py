@@ -13,29 +13,41 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from workers.pruning import pruned
+from workers.pruning import cleared, pruned
 from workers.ranking import Plan
 from workers.spectrum import Spectrum
+from workers.structures import Unit
 from workers.targets import Target
 
 
 @contextmanager
-def applied_unrounded(targets: Sequence[Target], spectra: Mapping[str, Spectrum], plan: Plan) -> Iterator[None]:
-    """The model with the plan's components removed, the weights it touches in float32, for the length of the
-    context: inputs and outputs of their modules stay in the model's dtype. The model's own weights are the base's.
+def applied_unrounded(
+    targets: Sequence[Target], spectra: Mapping[str, Spectrum], plan: Plan, units: Sequence[Unit] = ()
+) -> Iterator[None]:
+    """The model with the plan's components and structures removed, the weights it touches in float32, for the length
+    of the context: inputs and outputs of their modules stay in the model's dtype. The model's own weights are the
+    base's.
 
     Memory: twice that of each weight that the plan touches.
     """
     wide: dict[str, tuple[nn.Module, Tensor]] = {}
+    without_bias: set[str] = set()
+
+    def widened(target: Target) -> Tensor:
+        return wide.setdefault(target.module_name, (target.module, target.whole_weight.float().clone()))[1]
+
     for target in targets:
         components = plan.components.get(target.name)
         if components:
-            _, W = wide.setdefault(target.module_name, (target.module, target.whole_weight.float().clone()))
             new = pruned(target.weight.float(), spectra[target.name], components)
-            W[slice(None) if target.rows is None else target.rows.index] = new
+            widened(target)[slice(None) if target.rows is None else target.rows.index] = new
+    for unit, indices, target in cleared(plan, units):
+        unit.clear(widened(target), indices)
+        if unit.whole:
+            without_bias.add(target.module_name)
     with ExitStack() as stack:
-        for module, W in wide.values():
-            bias = module.bias.detach() if isinstance(module.bias, Tensor) else None
+        for name, (module, W) in wide.items():
+            bias = module.bias.detach() if isinstance(module.bias, Tensor) and name not in without_bias else None
             stack.callback(module.register_forward_hook(_product(W, bias)).remove)
         yield
 

@@ -14,6 +14,7 @@ effects are per example.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -34,6 +35,7 @@ from workers.proposals import Components, Growing, Proposal, Proposals, Proposer
 from workers.pruning import applied
 from workers.ranking import Plan
 from workers.spectrum import Spectrum, decompose
+from workers.structures import Unit
 from workers.targets import Target
 from workers.trials import OUTCOME_FIELDS, Choice, Trial, choose_by_accuracy, choose_by_loss, completed, harms
 
@@ -62,6 +64,12 @@ class Subject:
     layout: Layout
     decompose: Callable[[Tensor], Spectrum] = decompose
     """How more weights are decomposed, row blocks say: from a cache, where there is one."""
+    units: Sequence[Unit] = ()
+    """Structures beside components."""
+
+    def without(self, plan: Plan) -> AbstractContextManager[None]:
+        """The model with what the plan removes gone, for the length of the context."""
+        return applied(self.targets, self.spectra, plan, self.units)
 
     def with_targets(self, more: Sequence[Target]) -> Subject:
         """The same model with more targets, decomposed."""
@@ -117,7 +125,7 @@ class Search:
         """
         self.subject = subject
         """With the row blocks that the strategy looked into, once it has."""
-        self.ranked_targets = subject.targets
+        self.ranked_targets = [target for target in subject.targets if target.name in subject.spectra]
         """Those that effects are taken of."""
         self.proposer = Components() if proposer is None else proposer
         self.bound = bound
@@ -347,7 +355,7 @@ class Search:
         """The effects on some of the pool's examples, of the model without the plan's components."""
         subject = self.subject
         started = self.clock.now()
-        with applied(subject.targets, subject.spectra, plan):
+        with subject.without(plan):
             found, self.unreached = effects(
                 subject.model,
                 self.ranked_targets,
@@ -355,6 +363,7 @@ class Search:
                 [self.pool[row] for row in rows],
                 subject.objective,
                 subject.layout,
+                units=subject.units,
                 on_batch=on_batch,
             )
         self.clock.backward += self.clock.now() - started
@@ -385,10 +394,10 @@ class Search:
     def _evaluate(self, track: Track, plan: Plan, rows: Sequence[int]) -> Outcome:
         """The model without the plan's components on some of the track's examples."""
         subject = self.subject
-        changed = [name for name, removed in plan.components.items() if removed != track.plan.components.get(name)]
+        changed = [name for name, removed in plan.removed.items() if removed != track.plan.removed.get(name)]
         # A plan of a whole list touches early blocks too, and is judged on few examples at first.
         prefixes = self._prefixes(track) if changed and not self.proposer.nested else None
-        with applied(subject.targets, subject.spectra, plan):
+        with subject.without(plan):
             if prefixes is not None:
                 return prefixes.evaluate(subject.objective, prefixes.first_block(changed))
             encoded = [self.pool[row] for row in rows]
@@ -401,7 +410,7 @@ class Search:
             subject = self.subject
             encoded = [self.pool[row] for row in track.judge]
             prefixes = recorded[1] if recorded else Prefixes(subject.model, encoded, subject.layout)
-            with applied(subject.targets, subject.spectra, track.plan):
+            with subject.without(track.plan):
                 prefixes.record(subject.objective)
             recorded = self._recorded[id(track)] = (track.plan, prefixes)
         return recorded[1]

@@ -24,7 +24,6 @@ from workers.checkpoints import write_adapter
 from workers.evaluation import Outcome, evaluate
 from workers.examples import Encoded
 from workers.progress import folder_bytes
-from workers.pruning import applied
 from workers.ranking import Plan
 from workers.search import Search, Subject, Track
 from workers.strategies import make_search
@@ -176,7 +175,7 @@ def _removal(cell: Cell, subject: Subject, plan: Plan, passes: int) -> Measured:
         subject: knows the row blocks that the plan touches.
     """
     started = now()
-    with applied(subject.targets, subject.spectra, plan):
+    with subject.without(plan):
         outcome = evaluate(subject.model, cell.rows.test, OBJECTIVE, cell.layout)
     test_seconds = now() - started
     parameters = size = 0
