@@ -205,7 +205,8 @@ def put_on_adapter(model: nn.Module, config: bytes, weights: bytes) -> None:
         # peft 0.21 asks transformers 5 for a property under its old name.
         warnings.simplefilter("ignore", FutureWarning)
         # The base is where it is here: peft warns of another name.
-        put_on = LoraConfig(**{**json.loads(config), "base_model_name_or_path": None})
+        told = {**json.loads(config), "base_model_name_or_path": None}
+        put_on = cast(Any, LoraConfig).from_peft_type(**told)
         adapted = get_peft_model(cast(Any, model), put_on).eval()
         loaded: Any = set_peft_model_state_dict(adapted, load_tensors(weights))
     if loaded.unexpected_keys or any("lora_" in name for name in loaded.missing_keys):
