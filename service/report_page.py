@@ -27,10 +27,12 @@ SCRIPTS = (
     "result-charts.js",
     "result.js",
 )
-# Behind the modules: draw the report, and unfold everything on paper.
+# Behind the modules: draw the report, and on paper unfold what is short. The long tables are in report.json, too.
 DRAW = """
 renderResult(document.querySelector("main"), JSON.parse(document.querySelector("#report").textContent));
-addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((fold) => { fold.open = true; }));
+addEventListener("beforeprint", () => {
+  for (const fold of document.querySelectorAll("details")) fold.open ||= fold.querySelectorAll("tr").length <= 25;
+});
 """
 LAYOUT = """
 main, header { max-width: 76rem; margin: 0 auto; padding: 16px; }

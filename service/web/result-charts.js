@@ -69,7 +69,7 @@ export function intervals(rates, floor) {
           fy: "metric",
           x: "value",
           y: "model",
-          r: 6,
+          r: width < 480 ? 4 : 6,
           fill: (rate) => (rate.model === "base" ? "var(--surface)" : "var(--accent)"),
           stroke: (rate) => (rate.model === "base" ? "var(--muted)" : "var(--accent)"),
           strokeWidth: 2.5,

@@ -242,6 +242,9 @@ function changed(report) {
   ];
   return wideSection(
     "Examples that changed",
+    sentence(report.base.confusion
+      ? "Right is an answer that the model holds likelier than the other choices."
+      : "Right is an answer that begins with the wanted text.", "note"),
     element("div", { class: "columns" }, ...groups.filter(([, some]) => some.length).map(([title, some, all]) =>
       element(
         "div",
@@ -312,8 +315,8 @@ function cost(report) {
 
 function details(report) {
   const passes = report.passes.map((pass) => [
-    `${pass.number}`, number(pass.base_loss), number(pass.loss), count(pass.chosen), pValue(pass.p),
-    (pass.accepted ? (pass.withdrawn ? "accepted, not returned" : "accepted") : "not accepted") + `: ${pass.reason}`, seconds(pass.seconds),
+    `${pass.number}`, number(pass.base_loss), number(pass.loss), count(pass.chosen), element("span", { class: "nowrap" }, pValue(pass.p)),
+    (pass.accepted ? (pass.withdrawn ? "accepted, not returned" : "accepted") : "not accepted") + `: ${pass.reason}`, element("span", { class: "nowrap" }, seconds(pass.seconds)),
   ]);
   const { splits, model } = report;
   const facts = (entries) => entries.filter(([, value]) => value !== null && value !== undefined).map(([name, value]) => [name, `${value}`]);
