@@ -26,6 +26,7 @@ from service.errors import UnusableModel
 from service.jobs import Objective, Stage
 from service.reports import Candidate, PassReport
 from workers.bounds import DriftBound
+from workers.climbing import beginning, climb
 from workers.evaluation import Outcome, evaluate, paired_p
 from workers.examples import Encoded, Layout
 from workers.gradients import Effects, effects
@@ -39,11 +40,9 @@ from workers.structures import Unit
 from workers.targets import Target
 from workers.trials import OUTCOME_FIELDS, Choice, Trial, choose_by_accuracy, choose_by_loss, completed, harms
 
-# Sizes tried beyond the best so far before a pass ends: the loss is not always convex in the size.
-PATIENCE = 2
-# Candidates are first judged on every fourth example, if that leaves this many, and the best two on all.
-STRIDE = 4
-FEWEST_JUDGED = 24
+# Candidates are first judged on every fifth example, if that leaves this many, and the best two on all.
+STRIDE = 5
+FEWEST_JUDGED = 20
 FINALISTS = 2
 # The second of them, if its gain on those is this part of the first's.
 CLOSE = 0.9
@@ -273,13 +272,20 @@ class Search:
             def on_size(fraction: float, message: str, k: int = k) -> None:
                 on_trial(GROWING_SHARE * (k + fraction) / lists, message)
 
-            grown += self._grow(growing, few, current, on_size, refused)
+            best = max(grown, key=lambda trial: trial.gain(current), default=None)
+            earlier = best.proposal.size if best is not None and best.gain(current) > 0 else None
+            grown += self._grow(growing, earlier, few, current, on_size, refused)
         trials = [*alone, *grown]
+        contenders = list(trials)
         helpful = [max(some, key=lambda trial: trial.gain(current)) for some in (alone, grown) if some]
         if len(helpful) == 2 and all(trial.gain(current) > 0 for trial in helpful):
             both = joined(helpful[0].proposal, helpful[1].proposal)
-            trials += [self._trial(proposal, few) for proposal in self._allowed([both], [])]
-        ordered = sorted(trials, key=lambda trial: -trial.gain(current))[:FINALISTS] if rest else []
+            for proposal in self._allowed([both], []):
+                trials.append(self._trial(proposal, few))
+                # One of two plans that differ by a component is enough to be judged on all examples.
+                contenders.append(trials[-1])
+                contenders.remove(min(trials[-1], helpful[1], key=lambda trial: trial.gain(current)))
+        ordered = sorted(contenders, key=lambda trial: -trial.gain(current))[:FINALISTS] if rest else []
         finalists = [trial for trial in ordered if trial.gain(current) >= CLOSE * ordered[0].gain(current)]
         for k, trial in enumerate(finalists or ordered[:1]):
             done = GROWING_SHARE + (1 - GROWING_SHARE) * k / FINALISTS
@@ -292,23 +298,30 @@ class Search:
     def _grow(
         self,
         growing: Growing,
+        earlier: int | None,
         few: Sequence[int],
         current: Outcome,
         on_size: Callable[[float, str], None],
         refused: list[Proposal],
     ) -> list[Trial]:
-        """Judge plans of growing size on a few examples, a little beyond the best."""
-        allowed: Iterable[Proposal] = growing.candidates
+        """Judge plans of growing size on a few examples, a little beyond the best. `earlier` is the best size of the
+        list before."""
+        grid = growing.candidates
+        begin = beginning([proposal.size for proposal in grid], earlier) if grid else 0
+        up: Iterable[Proposal] = grid[begin:]
         over: list[Proposal] = []
         if self.bound is not None:
-            allowed = self.bound.within(growing.candidates, growing.of_size, self._result_with, over)
+            up = self.bound.within(grid[begin:], growing.of_size, self._result_with, over)
         trials: list[Trial] = []
-        for k, proposal in enumerate(allowed):
-            on_size(min(k / len(growing.candidates), 1.0), f"trying without {proposal.description}")
+
+        def gain_of(proposal: Proposal) -> float:
+            on_size(min(len(trials) / len(grid), 1.0), f"trying without {proposal.description}")
             trials.append(self._trial(proposal, few))
-            best = max(range(len(trials)), key=lambda j: trials[j].gain(current))
-            if len(trials) - 1 - best >= PATIENCE:
-                break
+            return trials[-1].gain(current)
+
+        # The bound may have made the first of them smaller than some of the grid.
+        smaller = (proposal for proposal in reversed(grid[:begin]) if proposal.size < trials[0].proposal.size)
+        climb(up, smaller, gain_of)
         refused += over
         return trials
 
