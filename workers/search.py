@@ -38,13 +38,22 @@ from workers.ranking import Plan
 from workers.spectrum import Spectrum, decompose
 from workers.structures import Unit
 from workers.targets import Target
-from workers.trials import OUTCOME_FIELDS, Choice, Trial, choose_by_accuracy, choose_by_loss, completed, harms
+from workers.trials import (
+    OUTCOME_FIELDS,
+    SIGNIFICANCE,
+    Choice,
+    Trial,
+    choose_by_accuracy,
+    choose_by_loss,
+    completed,
+    harms,
+)
 
-# Candidates are first judged on every fifth example, if that leaves this many, and the best two on all.
+# Candidates are first judged on every fifth example, if that leaves this many, and at most three on all.
 STRIDE = 5
 FEWEST_JUDGED = 20
-FINALISTS = 2
-# The second of them, if its gain on those is this part of the first's.
+FINALISTS = 3
+# The second of them in any case, if its gain on those is this part of the first's.
 CLOSE = 0.9
 # Of a pass's search, told as progress: the part that plans of growing size take.
 GROWING_SHARE = 0.6
@@ -285,15 +294,32 @@ class Search:
                 # One of two plans that differ by a component is enough to be judged on all examples.
                 contenders.append(trials[-1])
                 contenders.remove(min(trials[-1], helpful[1], key=lambda trial: trial.gain(current)))
-        ordered = sorted(contenders, key=lambda trial: -trial.gain(current))[:FINALISTS] if rest else []
-        finalists = [trial for trial in ordered if trial.gain(current) >= CLOSE * ordered[0].gain(current)]
-        for k, trial in enumerate(finalists or ordered[:1]):
+        if rest:
+            self._finish(contenders, rest, current, on_trial)
+        return trials
+
+    def _finish(
+        self,
+        trials: Sequence[Trial],
+        rest: Sequence[int],
+        current: Outcome,
+        on_trial: Callable[[float, str], None],
+    ) -> None:
+        """Judge those that gain most on a few examples on the others as well: the best of them, one that comes close
+        to it, and the next as long as none would be accepted."""
+        gains = {id(trial): trial.gain(current) for trial in trials}  # a trial's own changes with what it is judged on
+        ordered = sorted((t for t in trials if gains[id(t)] > 0), key=lambda t: -gains[id(t)])[:FINALISTS]
+        accepted = False
+        for k, trial in enumerate(ordered):
+            close = k == 1 and gains[id(trial)] >= CLOSE * gains[id(ordered[0])]
+            if accepted and not close:
+                break
             done = GROWING_SHARE + (1 - GROWING_SHARE) * k / FINALISTS
             on_trial(done, f"judging {trial.proposal.description} on all examples")
             at = self.clock.now()
             trial.outcome = completed(trial.outcome, self._judge(trial.plans, rest))
             trial.seconds += self.clock.now() - at
-        return trials
+            accepted |= trial.p(current) < SIGNIFICANCE
 
     def _grow(
         self,

@@ -42,6 +42,12 @@ class Trial:
         """By how much its mean loss is lower than the current model's, on the examples that it was judged on."""
         return float(np.nanmean(current.loss - self.outcome.loss))
 
+    def p(self, current: Outcome) -> float:
+        """Of the paired, one-sided test that the loss falls; 1 where it does not, or not all examples are judged."""
+        if not self.complete or self.gain(current) <= 0:
+            return 1.0
+        return paired_p(self.outcome.loss - current.loss, two_sided=False)
+
     def report(self, current: Outcome) -> Candidate:
         """What is told of it, beside the model that it was tried on."""
         judged = ~np.isnan(self.outcome.loss)
@@ -81,11 +87,13 @@ class Choice:
 
 
 def choose_by_loss(trials: Sequence[Trial], current: Outcome, tracks: int) -> Choice:
-    """The least loss among those judged on all examples, for all tracks, if its fall is significant."""
-    best = max(trials, key=lambda trial: (trial.complete, trial.gain(current)), default=None)
-    p = 1.0
-    if best is not None and best.complete and best.gain(current) > 0:
-        p = paired_p(best.outcome.loss - current.loss, two_sided=False)
+    """The least loss among those judged on all examples whose fall is significant, for all tracks."""
+
+    def merit(trial: Trial) -> tuple[bool, bool, float]:
+        return trial.complete, trial.p(current) < SIGNIFICANCE, trial.gain(current)
+
+    best = max(trials, key=merit, default=None)
+    p = 1.0 if best is None else best.p(current)
     if best is not None and p < SIGNIFICANCE:
         reason = f"removing {best.proposal.description} lowered the selection loss (p = {p:.2g})"
         return Choice([best] * tracks, best.outcome, p, reason)
