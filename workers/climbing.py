@@ -38,7 +38,7 @@ def climb(up: Iterable[T], down: Iterable[T], gain_of: Callable[[T], float]) -> 
         best = max(best, gain)
         if best == 0 or gain < BEHIND * best or beyond == PATIENCE:
             break
-    if first is None or first < best:
+    if first is None or best > max(first, 0.0):
         return
     for plan in down:
         gain = gain_of(plan)
