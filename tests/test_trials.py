@@ -1,4 +1,4 @@
-"""Which candidate is taken by accuracy: ties, losses, folds, and models that break."""
+"""Which candidate is taken: by accuracy with ties, losses, folds and models that break; by loss and a test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from workers.evaluation import Outcome, paired_p
 from workers.proposals import Proposal
 from workers.ranking import Plan
-from workers.trials import Trial, choose_by_accuracy
+from workers.trials import Trial, choose_by_accuracy, choose_by_loss
 
 
 def outcome(right: Sequence[float], loss: Sequence[float], open_rows: Sequence[int] = ()) -> Outcome:
@@ -81,3 +81,17 @@ def test_a_fold_whose_others_find_nothing_stays_as_it_was() -> None:
 def test_what_breaks_the_model_is_reported_without_a_loss() -> None:
     assert trial("broken", outcome([1, 1, 1, 1], [0, 0, 0, math.inf])).report(BASE).loss is None
     assert trial("sound", outcome([1, 1, 1, 1], [0, 0, 0, 1])).report(BASE).loss == 0.25
+
+
+def test_by_loss_a_sure_fall_is_taken_before_a_larger_one_that_may_be_chance() -> None:
+    current = outcome([0] * 8, [5.0] * 8)
+    wild = trial("wild", outcome([0] * 8, [-9, 9, -9, 9, -9, 9, 2, 2]))
+    sure = trial("sure", outcome([0] * 8, [4.9, 4.8, 4.9, 4.8, 4.9, 4.8, 4.9, 4.8]))
+    unfinished = trial("unfinished", outcome([0] * 8, [0, math.nan] * 4))
+    assert wild.gain(current) > sure.gain(current)
+    assert wild.p(current) > 0.05 > sure.p(current)
+    assert unfinished.p(current) == 1.0
+    for order in ((wild, sure, unfinished), (unfinished, sure, wild)):
+        kept = choose_by_loss(order, current, 1).kept
+        assert kept is sure
+    assert choose_by_loss([wild, unfinished], current, 1).kept is None
