@@ -25,8 +25,8 @@ IN_BLOCK = re.compile(r"\.\d+\.")
 # A pass tries about so many candidates, on a part of the selection split where that leaves enough to judge them by
 # (`workers.search`), and the best of them on all of it, beside the model as it stood.
 CANDIDATES = 10
-JUDGED_IN_PART_FROM = 96
-PART_JUDGED = 0.25
+JUDGED_IN_PART_FROM = 100
+PART_JUDGED = 0.2
 JUDGED_WHOLE = 2.0
 # A candidate of a grid changes one matrix, and is run from its block on.
 GRID_CANDIDATE = 0.6

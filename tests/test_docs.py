@@ -258,7 +258,7 @@ def test_the_figure_shows_every_size_that_a_run_tried(data: Path, tmp_path: Path
 
 
 def test_the_pages_tell_the_numbers_that_the_code_has() -> None:
-    from workers import ranking, search, spectrum, trials  # and with them, torch
+    from workers import climbing, ranking, search, spectrum, trials  # and with them, torch
     from workers.answering import TERMS
 
     words = {4: "four", 8: "eight", 16: "16"}
@@ -266,10 +266,13 @@ def test_the_pages_tell_the_numbers_that_the_code_has() -> None:
     assert f"Under {division.CROSS_FIT_BELOW} examples gradient" in method
     assert f"over {words[division.FOLDS]} folds" in method
     assert f"Fewer than {words[MIN_EXAMPLES]} examples are refused" in method
-    assert f"by a fifth, at most {words[ranking.SMALLEST]}, " in method and ranking.FIRST_STEP == 1 / 5
+    assert f"by a fifth, at most {words[ranking.SMALLEST]}. " in method and ranking.FIRST_STEP == 1 / 5
     assert "over a tenth of the loss" in method and ranking.CREDIBLE == 1 / 10
     assert "with `t > 2`" in method and ranking.CERTAIN == 2
-    assert "two sizes beyond" in method and search.PATIENCE == 2
+    assert "two sizes beyond" in method and climbing.PATIENCE == 2
+    assert "from the third size" in method and climbing.BEGIN == 2
+    assert "a quarter of the first one's best" in method and climbing.SECOND_PART == 1 / 4
+    assert "on a fifth of the selection split" in method and search.STRIDE == 5
     assert f"at p < {trials.SIGNIFICANCE:g}".replace("0.", ".") in method
     assert f"go at {spectrum.CACHE_LIMIT_BYTES / 2**30:g} GiB" in operating
     assert f"for up to {LONGEST_WAIT_SECONDS:g} s" in operating
