@@ -66,4 +66,6 @@ def _next_step(error: C2IError) -> str | None:
         return UNREACHABLE if error.message.endswith(("not reachable", "in time")) else None
     if type(error) is InvalidInput and error.param is None:
         return None  # a line of a file: the message names it and what would be right
+    if isinstance(error, Conflict) and not error.message.startswith("the job "):
+        return None  # a port, say, or a folder in use: the message names what to choose
     return next((step for kind, step in NEXT.items() if isinstance(error, kind)), None)
