@@ -10,7 +10,6 @@ import socket
 import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from tests.docs.not_run import NOT_RUN, not_run
 from tests.docs.own_redis import OwnRedis
 from tests.docs.pages import DOCS, OPERATING, all_pages, made_pages, openapi
 from tests.docs.reference import anchor, operations
+from tests.docs.shared import Shared
 from tests.docs.snippets import USUAL_URL, Sandbox, blocks
 from tests.live import REPOSITORY, ServeProcess, install, wait_until
 
@@ -66,28 +66,6 @@ def data(tmp_path_factory: pytest.TempPathFactory, tiny_models: Callable[..., Pa
     folder = tmp_path_factory.mktemp("docs") / "data"
     install(tiny_models("llama"), folder, MODEL)
     return folder
-
-
-@dataclass(frozen=True)
-class Shared:
-    """`c2i serve` for all pages, and its first job."""
-
-    process: ServeProcess
-    first: str
-
-    def submit(self, body: dict[str, Any]) -> str:
-        """A job's ID."""
-        return str(self.process.http.post("/v1/jobs", json=body).json()["id"])
-
-    def job(self, job_id: str, wait: float = 0) -> dict[str, Any]:
-        """A job as it is, or once it has ended or after so many seconds."""
-        return dict(self.process.http.get(f"/v1/jobs/{job_id}", params={"wait": wait}).json())
-
-    def ended(self, job_id: str) -> dict[str, Any]:
-        """A job, once it has ended."""
-        return wait_until(
-            lambda: job if (job := self.job(job_id, wait=60))["finished_at"] else None, 180, "the job has ended"
-        )
 
 
 @pytest.fixture(scope="module")
