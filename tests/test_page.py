@@ -313,7 +313,8 @@ def test_an_adapted_model_is_tried_beside_its_base(visit: Visit, finished: str) 
     page = visit.open(f"/#/jobs/{finished}")
     page.get_by_label("Prompt").fill("Item 3: answer")
     page.get_by_role("button", name="Ask both").click()
-    expect(page.get_by_role("heading", name="Base model")).to_be_visible()
+    # The process that answers imports torch before its first answer.
+    expect(page.get_by_role("heading", name="Base model")).to_be_visible(timeout=120_000)
     expect(page.get_by_role("button", name="Ask both")).to_be_enabled()
     assert "…" not in page.locator(".said").all_inner_texts()
     check_accessible(page)
@@ -340,10 +341,9 @@ def test_every_view_is_accessible_in_both_schemes_and_fits_a_phone(visit: Visit,
 def test_the_documentation_has_every_route_and_loads_nothing_from_elsewhere(visit: Visit, server: ServeProcess) -> None:
     page = visit.open("/docs")
     paths = server.http.get("/openapi.json").json()["paths"]
-    for method, path in ((method, path) for path, operations in paths.items() for method in operations):
-        expect(
-            page.locator("summary code", has_text=re.compile(f"^{re.escape(f'{method.upper()} {path}')}$"))
-        ).to_be_attached()
+    expect(page.get_by_role("heading", name="Bodies")).to_be_visible()
+    shown = {code.partition("\n")[0] for code in page.locator("summary > code").all_inner_texts()}
+    assert {f"{method.upper()} {path}" for path, operations in paths.items() for method in operations} <= shown
     page.locator("summary", has_text="Queue an adaptation.").click()
     page.get_by_role("link", name="JobSpec").click()
     expect(page.locator("#schema-JobSpec")).to_contain_text("strategy_options")

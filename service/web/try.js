@@ -12,7 +12,8 @@ const WAIT_SECONDS = 20;
  */
 export function tryPanel(id, report, signal) {
   const prompt = h("textarea", { id: "try-prompt", rows: 3, spellcheck: "false", required: true });
-  prompt.value = report.changed?.[0]?.prompt ?? "";
+  const changed = report.changed ?? [];
+  prompt.value = (changed.find((example) => example.adapted_correct) ?? changed[0])?.prompt ?? "";
   const ask = h("button", { type: "submit", class: "primary" }, "Ask both");
   const told = h("p", { role: "status", class: "hint" });
   const trouble = h("div");
