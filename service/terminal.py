@@ -22,7 +22,7 @@ from service.reports import Metrics, Report
 
 SHADES = "·░▒▓█"
 ASCII_SHADES = ".:+*#"
-COLOURS = ("dim", "cyan", "cyan", "bright_cyan", "bold bright_cyan")
+COLOURS = ("dim", "cyan", "cyan", "bold cyan", "bold cyan")
 WIDEST_MAP = 80
 
 

@@ -142,8 +142,8 @@ def test_another_model_is_refused_and_nothing_is_left(
     Written(base, tmp_path / "job", some)
     sister = other_weights(base, tmp_path / "sister")
     cases: list[tuple[Path | str, type[C2IError], str]] = [
-        (sister, InvalidInput, "made from another model than this, tiny"),
-        (tiny_models("qwen2", "float32", 1), InvalidInput, "made from another model|does not fit"),
+        (sister, InvalidInput, "made from tiny, and this is another model"),
+        (tiny_models("qwen2", "float32", 1), InvalidInput, "this is another model|does not fit"),
         (tiny_models("gpt2"), InvalidInput, "does not fit"),
         ("nobody", ModelNotFound, "no model nobody"),
         (tmp_path / "nowhere", InvalidInput, "neither an installed model's ID nor a folder"),

@@ -300,7 +300,11 @@ def test_a_bad_line_is_named(shared_api: Api, tmp_path: Path, lines: list[object
     file = write(tmp_path / "bad.jsonl", *lines)
     result = c2i(shared_api, "submit", file, "--model", "tiny-llama", code=2)
     assert expected in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    wrong, step = result.stderr.splitlines()
+    assert wrong.startswith("error: ")
+    assert step.startswith(
+        "try:   mend the line" if expected.startswith(":") and "not JSON" not in expected else "try: "
+    )
     if expected.startswith(":"):
         assert str(file) in result.stderr
 

@@ -117,6 +117,7 @@ def run(adapter: Path, base: str, out: Path, settings: Settings) -> None:
 def _merge_shard(
     shard: Path, folder: Path, factors: Mapping[str, Factors], transposed: bool, config: Mapping[str, Any]
 ) -> None:
+    made_from = config.get("base_model_name_or_path") or "a model of unknown name"
     changed: dict[str, Tensor] = {}
     with safe_open(shard, framework="pt") as opened:
         for key in sorted(factors.keys() & set(opened.keys())):
@@ -126,8 +127,8 @@ def _merge_shard(
             limit = TOLERANCE if W.dtype in (torch.float32, torch.float64) else TOLERANCE_16_BIT
             if not part.strangeness(W) <= limit:
                 raise InvalidInput(
-                    f"the adapter removes what {key} does not have: it was made from another model than this, "
-                    f"{config.get('base_model_name_or_path') or 'of unknown name'}",
+                    f"the adapter removes what {key} does not have: it was made from {made_from}, and this is another "
+                    "model, or one that has it merged in already",
                     param="--base",
                 )
             if part.B.count_nonzero():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from service import logs
 from service.errors import Unavailable
@@ -85,7 +88,8 @@ def adapt(
     Example: c2i adapt task.jsonl --model smollm2-135m-instruct --passes 4 --out adapted
     """
     go_offline()
-    from workers.local import run  # noqa: PLC0415 - imports torch
+    with _starting():
+        from workers.local import run  # noqa: PLC0415 - imports torch
 
     settings = Settings.load(data=data)
     fields = {
@@ -114,7 +118,8 @@ def apply(
     Example: c2i apply adapter.zip --base smollm2-135m-instruct --out merged
     """
     go_offline()
-    from workers.applying import run  # noqa: PLC0415 - imports torch
+    with _starting():
+        from workers.applying import run  # noqa: PLC0415 - imports torch
 
     run(adapter, base, out, Settings.load(data=data))
 
@@ -138,3 +143,14 @@ def bench(
     from workers.benchmark.command import run_bench  # noqa: PLC0415 - imports torch
 
     run_bench(data, model, out, tasks, methods, seeds, rows, Settings.load())
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    """Torch takes seconds to load: on a terminal something moves meanwhile."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status("loading torch"):
+        yield

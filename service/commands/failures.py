@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 from service.errors import (
@@ -18,7 +19,6 @@ from service.errors import (
     InternalError,
     InvalidInput,
     JobNotFound,
-    ModelNotFound,
     NotFound,
     PayloadTooLarge,
     TooManyRequests,
@@ -31,10 +31,9 @@ EXIT_WRONG = 2
 EXIT_UNAVAILABLE = 3
 EXIT_INTERRUPTED = 130
 
-# What to do, where the message does not say so itself: the first kind that an error is of.
+# The next thing to try where the message does not say it: that of the first kind that an error is of.
 NEXT: dict[type[C2IError], str] = {
     JobNotFound: "`c2i jobs` lists your jobs",
-    ModelNotFound: "`c2i models` lists what is installed",
     NotFound: "check the URL: --url or C2I_URL",
     Unauthenticated: "set C2I_KEY; `c2i keys create --name NAME` makes a key, on the service's own machine",
     Forbidden: "`c2i keys create --name NAME --scopes submit,read` makes a key that may",
@@ -43,20 +42,26 @@ NEXT: dict[type[C2IError], str] = {
     InternalError: "try again; if it stays, the service's log has the details",
 }
 UNREACHABLE = "start it with `c2i serve`, or name another with --url or C2I_URL"
+LINE_OF_A_FILE = re.compile(r":\d+: ")
 
 
 def fail(error: C2IError | OSError) -> int:
     """Print an error for people; its exit code."""
     if isinstance(error, OSError):
-        print(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", file=sys.stderr)
+        _tell(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         return EXIT_UNAVAILABLE
-    where = f"{error.param}: " if error.param else ""
-    print(f"error: {where}{error.message}", file=sys.stderr)
-    if step := _next_step(error):
-        print(f"try:   {step}", file=sys.stderr)
+    # Some messages end in what to do: that is the second line then.
+    what, hint, rest = error.message.partition(". `c2i ")
+    _tell(f"{error.param}: {what}" if error.param else what, f"`c2i {rest}" if hint else _next_step(error))
     if error.retryable and not isinstance(error, InternalError):
         return EXIT_UNAVAILABLE
     return EXIT_FAILED if error.status >= 500 else EXIT_WRONG
+
+
+def _tell(what: str, step: str | None = None) -> None:
+    print(f"error: {what}", file=sys.stderr)
+    if step:
+        print(f"try:   {step}", file=sys.stderr)
 
 
 def _next_step(error: C2IError) -> str | None:
@@ -64,8 +69,10 @@ def _next_step(error: C2IError) -> str | None:
         return f"again in {error.retry_after} s"
     if isinstance(error, Unavailable):
         return UNREACHABLE if error.message.endswith(("not reachable", "in time")) else None
-    if type(error) is InvalidInput and error.param is None:
-        return None  # a line of a file: the message names it and what would be right
     if isinstance(error, Conflict) and not error.message.startswith("the job "):
         return None  # a port, say, or a folder in use: the message names what to choose
+    if type(error) is InvalidInput and LINE_OF_A_FILE.search(error.message):
+        return "mend the line; --dry-run checks the file and makes no job"
+    if isinstance(error, InvalidInput) and error.param:
+        return f"`c2i {sys.argv[1]} --help` says what there is to choose"
     return next((step for kind, step in NEXT.items() if isinstance(error, kind)), None)

@@ -43,7 +43,8 @@ def jobs(
     if not found:
         print("No jobs yet. `c2i submit FILE --model ID` makes one.")
         return
-    table = Table(Column("job", no_wrap=True), "state", "created", Column("model", overflow="fold"), box=None)
+    columns = Column("job", no_wrap=True), "state", "created", Column("model", overflow="fold")
+    table = Table(*columns, box=None, pad_edge=False)
     for job in found:
         table.add_row(job.id, state(job), f"{job.created_at.astimezone():%m-%d %H:%M}", Text(job.model))
     console.print(table)
