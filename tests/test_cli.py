@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -10,30 +11,61 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 import typer
 from typer.testing import CliRunner
 
-from service.cli import JOBS, LOCAL, OPERATE, assemble
+from service.cli import JOBS, LOCAL, OPERATE, assemble, main
 from service.jobs import JobSpec
 from tests import tiny
 from tests.live import REPOSITORY, Api, WorkerProcess, spec
 from tests.stand_in import make_report
 
 
-def c2i(
-    api: Api | None, *arguments: str | Path, code: int = 0, stdin: str | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run a command against a service and check its exit code."""
-    url = api.url if api else "http://127.0.0.1:9"
+@pytest.fixture(autouse=True)
+def _logs_elsewhere() -> Iterator[None]:
+    """The API runs in this process too: its log is no command's output."""
+    before = structlog.get_config()
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.__stderr__))
+    yield
+    structlog.configure(**before)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a command said."""
+
+    stdout: str
+    stderr: str
+
+
+def c2i(api: Api | None, *arguments: str | Path, code: int = 0, stdin: str | None = None) -> Ended:
+    """Run a command against a service, in this process, and check its exit code."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["c2i", *map(str, arguments)])
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((stdin or "").encode())))
+        patch.setenv("C2I_URL", api.url if api else "http://127.0.0.1:9")
+        with redirect_stdout(stdout), redirect_stderr(stderr), pytest.raises(SystemExit) as end:
+            main()
+            sys.exit(0)
+    assert (end.value.code or 0) == code, stdout.getvalue() + stderr.getvalue()
+    return Ended(stdout.getvalue(), stderr.getvalue())
+
+
+def program(api: Api | None, *arguments: str | Path, code: int = 0) -> Ended:
+    """The same in a process of its own, as a shell starts it."""
     result = subprocess.run(
         [sys.executable, "-m", "service.cli", *map(str, arguments)],
         cwd=REPOSITORY,
-        env={**os.environ, "C2I_URL": url, "NO_COLOR": "1", "COLUMNS": "200"},
-        input=stdin,
+        env={**os.environ, "C2I_URL": api.url if api else "http://127.0.0.1:9"},
         capture_output=True,
         text=True,
         timeout=60,
@@ -41,7 +73,7 @@ def c2i(
     )
     assert result.returncode == code, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
-    return result
+    return Ended(result.stdout, result.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +124,14 @@ def test_a_job_from_file_to_adapter(api: Api, worker: WorkerProcess, file: Path,
 
 
 def test_submit_can_wait_for_the_end(api: Api, worker: WorkerProcess, file: Path) -> None:
-    done = c2i(api, "submit", file, "--model", "tiny-llama", "--wait", "--json")
+    done = program(api, "submit", file, "--model", "tiny-llama", "--wait", "--json")
     assert json.loads(done.stdout)["status"] == "succeeded"
     assert json.loads(c2i(api, "models", "--json").stdout)[0]["id"] == "tiny-llama"
 
 
 def test_a_job_that_fails_is_exit_code_1_and_says_what_to_do(api: Api, worker: WorkerProcess) -> None:
     job_id = api.submit(metadata={"do": "refuse"})
-    assert c2i(api, "watch", job_id, code=1).stderr.splitlines()[-2:] == [
+    assert program(api, "watch", job_id, code=1).stderr.splitlines()[-2:] == [
         f"{job_id} failed: its blocks hold no matrices (model)",
         "try:   mend that, then submit it again",
     ]
@@ -167,8 +199,8 @@ def test_ctrl_c_says_that_the_job_goes_on(shared_api: Api) -> None:
         text=True,
     ) as watching:
         assert watching.stderr is not None
-        begun = [watching.stderr.readline(), watching.stderr.readline()]
-        assert "queued" in begun[1]
+        while not watching.stderr.readline().endswith("%  queued\n"):  # the event, behind its place in the queue
+            assert watching.poll() is None
         watching.send_signal(signal.SIGINT)
         said = watching.stderr.read().splitlines()
     assert watching.returncode == 130
@@ -222,31 +254,45 @@ def test_the_panels_of_the_help_stand_in_order() -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
-def complete(shell: Path, url: str, line: str) -> list[str]:
-    """What bash offers when Tab is pressed behind the line."""
-    words = [*line.split(), ""] if line.endswith(" ") else line.split()
-    script = (
-        'eval "$(c2i --show-completion bash)"\n'
-        f"COMP_WORDS=({' '.join(shlex.quote(word) for word in words)})\nCOMP_CWORD={len(words) - 1}\n"
-        "$(complete -p c2i | sed 's/.*-F \\([^ ]*\\).*/\\1/') c2i\n"
-        'printf "%s\\n" "${COMPREPLY[@]}"\n'
-    )
-    environment = {**os.environ, "PATH": f"{shell}:{os.environ['PATH']}", "C2I_URL": url, "PYTHONPATH": str(REPOSITORY)}
+def complete(shell: Path, url: str, *lines: str) -> list[list[str]]:
+    """What bash offers for each line when Tab is pressed behind it."""
+    script = ['eval "$(c2i --show-completion bash)"', "tab=$(complete -p c2i | sed 's/.*-F \\([^ ]*\\).*/\\1/')"]
+    for line in lines:
+        words = line.split() + ([""] if line.endswith(" ") else [])
+        typed = " ".join(shlex.quote(word) for word in words)
+        script.append(f'COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; $tab c2i; echo "${{COMPREPLY[@]}}"')
     result = subprocess.run(
-        ["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=60, check=True
+        ["bash", "-c", "\n".join(script)],
+        env={
+            **os.environ,
+            "PATH": f"{shell}:{os.environ['PATH']}",
+            "C2I_URL": url,
+            "PYTHONPATH": str(REPOSITORY),
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
     assert result.stderr == ""
-    return result.stdout.split()
+    return [line.split() for line in result.stdout.splitlines()]
 
 
 def test_bash_completes_commands_options_jobs_and_models(shared_api: Api, shell: Path) -> None:
     job_id = shared_api.submit()
-    assert complete(shell, shared_api.url, "c2i wa") == ["watch"]
-    assert complete(shell, shared_api.url, "c2i submit --stra") == ["--strategy", "--strategy-options"]
-    assert job_id in complete(shell, shared_api.url, "c2i watch ")
-    assert complete(shell, shared_api.url, f"c2i report {job_id[:-1]}") == [job_id]
-    assert complete(shell, shared_api.url, "c2i submit task.jsonl --model tiny") == ["tiny-llama"]
-    assert complete(shell, "http://127.0.0.1:9", "c2i watch ") == []
+    command, option, jobs, model = complete(
+        shell,
+        shared_api.url,
+        "c2i wa",
+        "c2i submit --stra",
+        f"c2i report {job_id[:-1]}",
+        "c2i submit task.jsonl --model ",
+    )
+    assert command == ["watch"]
+    assert option == ["--strategy", "--strategy-options"]
+    assert jobs == [job_id]
+    assert model == ["tiny-llama"]
+    assert complete(shell, "http://127.0.0.1:9", "c2i watch ") == [[]]
 
 
 def test_a_terminal_sees_a_bar_that_redraws(api: Api, worker: WorkerProcess, file: Path) -> None:
@@ -331,7 +377,7 @@ def test_what_does_not_exist_is_exit_code_2_and_says_what_to_try(shared_api: Api
 
 
 def test_a_service_that_is_not_there_is_exit_code_3_and_says_how_to_start_it(file: Path) -> None:
-    result = c2i(None, "submit", file, "--model", "tiny-llama", code=3)
+    result = program(None, "submit", file, "--model", "tiny-llama", code=3)
     assert result.stderr.splitlines() == [
         "error: http://127.0.0.1:9 is not reachable",
         "try:   start it with `c2i serve`, or name another with --url or C2I_URL",
@@ -340,4 +386,4 @@ def test_a_service_that_is_not_there_is_exit_code_3_and_says_how_to_start_it(fil
 
 def test_a_worker_without_a_queue_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("REDIS_URL", raising=False)
-    assert "REDIS_URL" in c2i(None, "worker", "--data", tmp_path, code=3).stderr
+    assert "REDIS_URL" in program(None, "worker", "--data", tmp_path, code=3).stderr
