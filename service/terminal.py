@@ -40,7 +40,7 @@ class Bar:
             ends_at = None if eta_seconds is None else time.monotonic() + eta_seconds
             self._progress.update(self._task, completed=percent, description=message, ends_at=ends_at)
         else:
-            self._console.out(f"{percent:5.1f} %  {message}", highlight=False)
+            print(f"{percent:5.1f} %  {message}", file=self._console.file, flush=True)
 
 
 @contextmanager
