@@ -196,8 +196,9 @@ def _plan(report: Report) -> str:
 def _side_effects(report: Report) -> str:
     if not report.improved:
         return "None: it is the base model."
+    drift = "not finite" if report.drift.value is None else f"{report.drift.value:.3g} nats a token"
     return (
-        f"The {report.drift}: the mean Kullback-Leibler divergence from the base model's predictions of the next "
+        f"The drift is {drift}: the mean Kullback-Leibler divergence from the base model's predictions of the next "
         f"token to this model's, over {report.drift.tokens:,} tokens that have nothing to do with the task. It was "
         "adapted to one task; nothing else was tested."
     )

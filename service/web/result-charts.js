@@ -290,7 +290,7 @@ export function stageBars(stages) {
       width,
       height: 24 + rows.length * 24,
       marginLeft: 104,
-      marginRight: 56,
+      marginRight: 72,
       marginTop: 4,
       marginBottom: 8,
       style,
