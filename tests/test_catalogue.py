@@ -72,8 +72,8 @@ def test_a_model_is_pinned_to_its_commit_and_holds_nothing_that_runs(hub: Hub, t
     folder = add_model("owner/tiny", tmp_path, lines.append)
     assert folder == tmp_path / "models/owner/tiny"
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert {".revision", "config.json", "tokenizer.json", WEIGHTS} <= found
-    assert not {name for name in found if name.endswith((".py", ".bin", ".md"))}
+    assert {".revision", "config.json", "tokenizer.json", "README.md", WEIGHTS} <= found
+    assert not {name for name in found if name.endswith((".py", ".bin"))}
     assert "consolidated.safetensors" not in found and not any("onnx" in name for name in found)
     assert (folder / WEIGHTS).read_bytes() == hub.repositories["owner/tiny"][WEIGHTS]
     assert lines == [f"Downloading owner/tiny at {COMMIT} ...", f"owner/tiny is ready: {folder}"]

@@ -37,8 +37,8 @@ from service.artifacts import disk_is_full
 from service.errors import C2IError, InvalidInput, ModelNotFound, Unavailable, UnusableModel
 
 # Top level of a repository only: variants in other formats stand in subfolders, and `consolidated.safetensors` would
-# be the same weights a second time.
-FILES = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "LICENSE*"]
+# be the same weights a second time. The card names the licence.
+FILES = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "LICENSE*", "README.md"]
 IGNORED = ["*/*"]
 # A server that is silent for so long is gone; one that asks to wait longer is not waited for.
 TIMEOUT_SECONDS = 30.0
