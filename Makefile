@@ -17,8 +17,9 @@ INSTALLED := .venv/.installed
 demo: $(INSTALLED)
 	@$(BIN)/python -m workers.demo
 
+# Two files at a time, each with one thread: most tests wait for processes that they have started.
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 fuzz: $(INSTALLED)
 	@$(BIN)/python -m tests.fuzz
