@@ -100,6 +100,7 @@ def sandbox(name: str, data: Path, shared: Shared, tmp_path: Path, request: pyte
     """A folder with what the page takes for granted: the model, a job's body, examples, and where the page speaks of a
     job, its adapter."""
     (tmp_path / "data").symlink_to(data)
+    (tmp_path / "docs").symlink_to(DOCS)
     (tmp_path / "job.json").write_text(json.dumps(BODY))
     (tmp_path / "task.jsonl").write_text("".join(json.dumps(one) + "\n" for one in EXAMPLES))
     made = Sandbox(tmp_path, shared.process.url, {"OMP_NUM_THREADS": "1", "C2I_DATA": str(data)}, str)

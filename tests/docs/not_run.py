@@ -17,6 +17,8 @@ NOT_RUN: Final[dict[tuple[str, str], str]] = {
     ("README.md", "make chaos"): "half an hour; tests/test_chaos.py runs a part",
     ("README.md", "make fuzz"): "minutes; tests/test_fuzz.py runs a part",
     ("README.md", "make load"): "minutes and needs wrk; tests/test_load.py runs a part",
+    ("README.md", "make screenshots"): "minutes; tests/test_page.py tests the page that it pictures",
+    ("README.md", ". .venv/bin/activate"): "what make installs; the sandbox has its commands",
     ("README.md", "c2i serve"): "serves until it is stopped: the sandbox has one",
     ("README.md", "c2i bench"): "hours; tests/test_benchmark.py runs a small one",
     ("README.md", "service/ "): "the tree; no code",
