@@ -7,7 +7,6 @@ here alone, so that a text in an example or a model's name can never act.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from importlib.metadata import version
 from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
@@ -52,10 +51,10 @@ class ServiceInfo(BaseModel):
 
 
 @router.get("/v1/service", responses=documented())
-def get_service(service: TheService) -> ServiceInfo:
+def get_service(request: Request, service: TheService) -> ServiceInfo:
     """What this service offers and asks for; open to all."""
     return ServiceInfo(
-        version=version("compress-to-impress"),
+        version=request.app.version,
         keys_required=service.settings.keys_in_force,
         tries=service.settings.tries_in_force,
         webhooks=service.settings.webhooks,
