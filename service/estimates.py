@@ -18,7 +18,7 @@ from service.division import FOLDS, divide
 from service.jobs import JobSpec
 from service.lengths import Tokens, count
 from service.models import Model
-from service.strategies import ComponentsOptions, LaserOptions, StrategyOptions
+from service.strategies import BlocksOptions, C2IOptions, LaserOptions, MixedOptions, StrategyOptions, decomposes
 
 # Of a block's matrices, as every architecture names its layers: `model.layers.7.mlp.up_proj.weight`.
 IN_BLOCK = re.compile(r"\.\d+\.")
@@ -144,20 +144,22 @@ def estimate(
     rate = (speed or ASSUMED_SPEED) * EFFICIENCY
     expected = 1 + LATER_PASSES * (passes - 1)
     backwards = 1 + LATER_PASSES * (passes - 1) * loads.backwards_a_pass
-    effects = 4 * size.squared_ranks * loads.gradient.total
+    by_components = decomposes(options)
+    effects = 4 * size.squared_ranks * loads.gradient.total if by_components else 0
+    if isinstance(options, BlocksOptions):
+        effects = 2 * size.block_parameters * loads.gradient.total
     neutral = 2 * (size.block_parameters + size.head_parameters) * NEUTRAL_TOKENS
     plans = 2 if passes == 1 else 3
     reading = size.bytes / DISK_SPEED
-    decomposing = (2 * size.gram + EIGENVECTORS * size.cubed_ranks) / (rate * FLOAT64)
     stages = {
         "loading": 2.0 + reading,
-        "decomposing": 4 * size.squared_ranks / DISK_SPEED if decomposed else decomposing,
+        "decomposing": _decomposing(size, rate, decomposed) if by_components else 0.0,
         "backward": backwards * (forward_backward(size, loads) + effects) / rate,
         "searching": expected * _evaluations(size, loads, options) * _forward(size, loads.selection) / rate,
         "verifying": (plans * _forward(size, loads.test) + (plans + 1) * neutral) / rate,
         "publishing": 2.0 + 4 * reading,
     }
-    spectra = 4 * size.squared_ranks
+    spectra = 4 * size.squared_ranks if by_components else 0
     weights = 4 * size.parameters
     batch = min(BATCH_TOKENS, loads.gradient.total)
     activations = int(ACTIVATIONS * 4 * size.widths * batch) + 2 * 4 * LOGITS
@@ -171,6 +173,13 @@ def estimate(
     )
 
 
+def _decomposing(size: Size, rate: float, decomposed: bool) -> float:
+    """Seconds."""
+    if decomposed:
+        return 4 * size.squared_ranks / DISK_SPEED
+    return (2 * size.gram + EIGENVECTORS * size.cubed_ranks) / (rate * FLOAT64)
+
+
 def forward_backward(size: Size, loads: Loads) -> float:
     """Operations of one forward and backward to the activations over the gradient split: one FB."""
     return 2 * _forward(size, loads.gradient)
@@ -178,9 +187,10 @@ def forward_backward(size: Size, loads: Loads) -> float:
 
 def _evaluations(size: Size, loads: Loads, options: StrategyOptions) -> float:
     """Forwards over the selection split in a pass."""
-    if isinstance(options, ComponentsOptions):
+    if not isinstance(options, LaserOptions | C2IOptions):
         part = PART_JUDGED if loads.selection.rows >= JUDGED_IN_PART_FROM else 1.0
-        return CANDIDATES * part + JUDGED_WHOLE
+        lists = 2 if isinstance(options, MixedOptions) else 1
+        return lists * CANDIDATES * part + JUDGED_WHOLE
     if isinstance(options, LaserOptions):
         grid = size.matrices * len(options.retentions)
         return GRID_CANDIDATE * min(options.sample or grid, grid) + 1

@@ -351,6 +351,19 @@ class Removed(Strict):
 
     components: int
     modules: int
+    """Weights that are changed."""
+    structures: int = 0
+    """Heads, neurons, sub-layers, layers and tiles."""
+    parameters: int = 0
+    """Those of the structures."""
+
+    def of(self, components: int) -> str:
+        """`12 of 97,920 components and 3 structures (12,288 parameters)`."""
+        of_components = f"{self.components:,} of {components:,} components"
+        if not self.structures:
+            return of_components
+        structures = f"{self.structures:,} structures ({self.parameters:,} parameters)"
+        return f"{of_components} and {structures}" if self.components else structures
 
 
 class Drift(Strict):

@@ -98,7 +98,7 @@ def _figures(report: Report) -> str:
 <thead><tr><th></th><th>base</th><th>adapted</th><th>difference (95 % interval)</th></tr></thead>
 <tbody>{"".join(rows)}</tbody>
 </table>
-<p>{report.removed.components:,} of {report.model.components:,} components removed in {report.removed.modules} of
+<p>{report.removed.of(report.model.components)} removed in {report.removed.modules} of
 {report.model.target_modules} weights; {escape(str(report.drift))}. {escape(report.outlook.message)}</p>"""
 
 

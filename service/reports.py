@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field, ValidationInfo, field_validator
+
 from service.jobs import Difference, Drift, JobResult, Objective, PromptFormat, Scores
-from service.strategies import Strategy, StrategyOptions
+from service.strategies import OPTIONS, Strategy, StrategyOptions
 from service.strict import Strict
 
 
@@ -42,7 +44,7 @@ class Candidate(Strict):
     description: str
     """What it removes, in words."""
     size: int
-    """How many components it removes. A component of a row block counts as one."""
+    """How many components and structures it removes. A component of a row block counts as one."""
     examples: int
     base_loss: float
     predicted_loss: float | None
@@ -61,7 +63,7 @@ class PassReport(Strict):
     base_loss: float
     candidates: list[Candidate]
     chosen: int
-    """Components removed by this pass; 0 where it was not accepted."""
+    """Components and structures removed by this pass; 0 where it was not accepted."""
     loss: float
     p: float
     """Of the paired, one-sided test that the loss fell. `components` accepts by it; `laser` and `c2i`, as their
@@ -109,6 +111,22 @@ class PlanEntry(Strict):
     components: list[int]
     relative_norm: float
     """Frobenius norm of what is removed over that of the weight, or of its rows."""
+
+
+class RemovedStructures(Strict):
+    """What is removed of the structures in one place, beside components."""
+
+    kind: str
+    """`heads`, `groups`, `neurons`, `attention`, `mlp`, `layers`, `blocks64` or `2:4`."""
+    unit: str
+    """Where: `model.layers.3.self_attn`."""
+    layer: int
+    indices: list[int]
+    """Which of them; tiles are counted row after row."""
+    count: int
+    """How many there are."""
+    parameters: int
+    """Those that are of no use any more. `model/` holds zeros for as many of them as it takes to be exact."""
 
 
 class SkippedModule(Strict):
@@ -194,6 +212,8 @@ class Report(JobResult):
     changed: list[ChangedExample]
     """At most ten of those, of both kinds; then of those that both get wrong, each in its own way."""
     plan: list[PlanEntry]
+    structures: list[RemovedStructures] = Field(default_factory=list)
+    """What is removed beside components."""
     modules: list[TargetModule]
     """Every one that could be touched, in the model's order."""
     skipped_modules: list[SkippedModule]
@@ -204,6 +224,12 @@ class Report(JobResult):
     float32 or float64."""
     cost: Cost
     versions: dict[str, str]
+
+    @field_validator("strategy_options", mode="before")
+    @classmethod
+    def _of_the_strategy(cls, value: object, info: ValidationInfo) -> object:
+        """Options of different strategies may look alike."""
+        return OPTIONS[info.data["strategy"]].model_validate(value) if isinstance(value, dict) else value
 
     def brief(self) -> JobResult:
         """What the job's record holds of it."""

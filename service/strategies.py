@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from service.errors import InvalidInput
 from service.strict import Strict
@@ -22,6 +22,16 @@ class Strategy(StrEnum):
     """One matrix after the other kept to a fraction of its rank, every one of them tried (arXiv 2312.13558)."""
     C2I = "c2i"
     """The same for a few matrices that a gradient picks, each in several row blocks (arXiv 2510.20800)."""
+    HEADS = "heads"
+    """Attention heads, by t."""
+    NEURONS = "neurons"
+    """Neurons of the MLPs, by t."""
+    LAYERS = "layers"
+    """Whole layers, and the attention or the MLP of a layer alone, by t."""
+    BLOCKS = "blocks"
+    """Square tiles of the weights, or every second weight of a matrix, by t."""
+    MIXED = "mixed"
+    """Components and structures of several kinds in one list, by t, and by effect for each parameter."""
 
 
 Count = Annotated[int, Field(strict=True, ge=1, le=100_000)]
@@ -67,12 +77,88 @@ class C2IOptions(Strict):
     """Whether candidates are judged by the very examples that the gradient was taken on."""
 
 
-StrategyOptions = ComponentsOptions | LaserOptions | C2IOptions
-OPTIONS: dict[Strategy, type[ComponentsOptions] | type[LaserOptions] | type[C2IOptions]] = {
+class HeadsOptions(Strict):
+    """Of `heads`."""
+
+    groups: bool = Field(default=False, strict=True)
+    """Whether keys and values that several heads share go with all of these; else each head goes alone."""
+    score: Literal["effect", "magnitude", "michel"] = "effect"
+    """What they are ranked by; all but `effect` are there to compare: the norm of a head's weights, or the mean of its
+    absolute effect (Michel, Levy, Neubig, arXiv 1905.10650), the smallest first."""
+
+
+class NeuronsOptions(Strict):
+    """Of `neurons`."""
+
+    score: Literal["effect", "magnitude"] = "effect"
+    """What they are ranked by: their effect, or, to compare, the norm of a neuron's weights, the smallest first."""
+
+
+class LayersOptions(Strict):
+    """Of `layers`."""
+
+    parts: Literal["whole", "sublayers", "both"] = "both"
+    """Layers, attentions and MLPs, or all of these."""
+    score: Literal["effect", "block_influence"] = "effect"
+    """What they are ranked by: their effect, or, to compare, how little a layer turns what it is given (ShortGPT,
+    arXiv 2403.03853), which is defined for whole layers."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.score == "block_influence" and self.parts != "whole":
+            raise ValueError('block_influence is defined for whole layers: give "parts": "whole" with it')
+        return self
+
+
+class BlocksOptions(Strict):
+    """Of `blocks`."""
+
+    size: Annotated[int, Field(strict=True, ge=16, le=128)] = 64
+    """Rows and columns of a tile."""
+    pattern: Literal["2:4"] | None = None
+    """Instead of tiles: a candidate is a matrix of which two of every four neighbours in a row go, the smaller ones."""
+    score: Literal["effect", "magnitude", "wanda"] = "effect"
+    """What they are ranked by: their effect, or, to compare, the mean of |W|, or of |W| times the norm of what it is
+    multiplied by (Wanda, arXiv 2306.11695), the smallest first."""
+
+
+class MixedOptions(Strict):
+    """Of `mixed`."""
+
+    kinds: Annotated[
+        tuple[Literal["components", "heads", "groups", "neurons", "sublayers", "layers"], ...],
+        Field(min_length=1, max_length=6),
+    ] = ("components", "heads", "neurons", "sublayers")
+    """What stands in the list."""
+
+
+StrategyOptions = (
+    ComponentsOptions
+    | LaserOptions
+    | C2IOptions
+    | HeadsOptions
+    | NeuronsOptions
+    | LayersOptions
+    | BlocksOptions
+    | MixedOptions
+)
+OPTIONS: dict[Strategy, type[StrategyOptions]] = {
     Strategy.COMPONENTS: ComponentsOptions,
     Strategy.LASER: LaserOptions,
     Strategy.C2I: C2IOptions,
+    Strategy.HEADS: HeadsOptions,
+    Strategy.NEURONS: NeuronsOptions,
+    Strategy.LAYERS: LayersOptions,
+    Strategy.BLOCKS: BlocksOptions,
+    Strategy.MIXED: MixedOptions,
 }
+
+
+def decomposes(options: StrategyOptions) -> bool:
+    """Whether the strategy needs the weights' components."""
+    if isinstance(options, MixedOptions):
+        return "components" in options.kinds
+    return not isinstance(options, HeadsOptions | NeuronsOptions | LayersOptions | BlocksOptions)
 
 
 def read_options(text: str | None) -> object:

@@ -183,7 +183,7 @@ def _summary(report: Report) -> str:
         [
             f"Of {report.adapted.n:,} test examples {report.gained:,} came right and {report.lost:,} went wrong; "
             f"{report.drift}.",
-            f"Removed {report.removed.components:,} of {report.model.components:,} components, in "
+            f"Removed {report.removed.of(report.model.components)}, in "
             f"{report.removed.modules:,} of {report.model.target_modules:,} modules of {report.model.id}.",
             f"Adaptation {cost.adaptation_fb:.1f} FB of {cost.fb_seconds:.1f} s; all "
             f"{clock(sum(cost.stages.values()))}; peak memory {cost.peak_memory_bytes / 2**30:.1f} GiB; adapter "

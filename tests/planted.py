@@ -61,7 +61,7 @@ def plant(folder: Path, out: Path, count: int = 120, strength: float = 2.0) -> P
     open_examples = plain.encoded(folder, [Example(prompt=text, completion=SPOILER) for text in texts])
     u = model.get_output_embeddings().weight[tokenizer(SPOILER)["input_ids"][0]].detach()
     u = u / u.norm()
-    v = _mean_input(model, target, open_examples)
+    v = mean_input(model, target, open_examples)
     W = target.weight
     # With both directions cleared, what is planted is a component of its own, exactly.
     W.copy_(W - torch.outer(u, u @ W) - torch.outer(W @ v - (u @ W @ v) * u, v))
@@ -75,7 +75,7 @@ def plant(folder: Path, out: Path, count: int = 120, strength: float = 2.0) -> P
     return Planted(out, target.name, examples)
 
 
-def _mean_input(model: nn.Module, target: Target, examples: Sequence[Encoded]) -> Tensor:
+def mean_input(model: nn.Module, target: Target, examples: Sequence[Encoded]) -> Tensor:
     """(in,) the direction in which the module's inputs lie on average, where the answer is predicted."""
     seen: list[Tensor] = []
     handle = target.module.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0][0, -1].detach()))

@@ -86,8 +86,10 @@ def check(run: Run) -> Report:
     assert report.cost.model_bytes == size_of(run.out / "model")
     assert max(report.verification.adapter, report.verification.model) < 1e-3
     assert report.removed.components == sum(len(entry.components) for entry in report.plan)
-    assert report.removed.modules == len({entry.module for entry in report.plan})
-    assert bool(report.plan) == report.improved
+    assert report.removed.structures == sum(len(entry.indices) for entry in report.structures)
+    assert report.removed.parameters == sum(entry.parameters for entry in report.structures)
+    assert report.removed.modules >= len({entry.module for entry in report.plan})
+    assert bool(report.plan or report.structures) == report.improved
     assert report.adapted.n == report.base.n == report.splits.test
     assert len(report.passes) <= report.passes_requested
     assert report.drift.value is not None

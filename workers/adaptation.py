@@ -18,6 +18,7 @@ from service.jobs import Example, JobSpec, PromptFormat, Stage
 from service.masks import check_masks
 from service.models import Model, check_unchanged
 from service.reports import ChangedExample, Report, SkippedModule, Verification
+from service.strategies import decomposes
 from service.tokenizer_files import working_tokenizer
 from workers import masked
 from workers.bounds import DriftBound
@@ -35,7 +36,7 @@ from workers.rounding import applied_unrounded
 from workers.search import Search, Subject, check_finite
 from workers.spectrum import Spectrum, SpectrumCache
 from workers.splits import Splits, divide
-from workers.strategies import dictionary, make_search
+from workers.strategies import dictionary, make_search, structures
 from workers.targets import Target, find_targets
 from workers.verdict import judge
 
@@ -67,14 +68,16 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
         splits = _encode(spec, base, model.context_length)
         modules, skipped = find_targets(base.model)
         targets = dictionary(modules, spec.options)
+        units, without = structures(base.model, modules, spec.options)
         layout = layout_for(base, [*splits.pool, *splits.test])
 
     with progress.stage(Stage.DECOMPOSING, "decomposing the weights"):
         spectra_cache = SpectrumCache(cache / decomposed.SPECTRA)
-        spectra = _decompose(targets, spectra_cache, progress)
-        decomposed.note(cache, model.revision, spectra_cache.used)
+        spectra = _decompose(targets if decomposes(spec.options) else [], spectra_cache, progress)
+        if spectra:
+            decomposed.note(cache, model.revision, spectra_cache.used)
 
-    subject = Subject(base.model, targets, spectra, spec.objective, layout, spectra_cache.get)
+    subject = Subject(base.model, targets, spectra, spec.objective, layout, spectra_cache.get, units)
     neutral = NeutralText(
         subject, encode_neutral(paragraphs(), base.tokenizer, model.context_length), masked=base.masked
     )
@@ -85,7 +88,7 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
     subject = search.subject
     # A strategy may select on the examples that it ranks by.
     splits = replace(splits, sizes=splits.sizes.model_copy(update={"selection": len(search.judged)}))
-    if len(search.unreached) == len(targets):
+    if len(search.unreached) == len(spectra) + len(units):
         raise UnusableModel("no gradient reached any of the model's weights", param="model")
 
     with progress.stage(Stage.VERIFYING, "testing on unseen examples"):
@@ -103,12 +106,13 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
         rounding_loss = _rounding_loss(subject, plan, (splits.test or splits.pool)[:ROUNDED_EXAMPLES])
 
     with progress.stage(Stage.PUBLISHING, "writing the adapter and the model"):
-        write_adapter(out / "adapter", spec.model, subject.targets, subject.spectra, plan, masked=base.masked)
-        write_model(out / "model", base, subject.targets, subject.spectra, plan)
+        write_adapter(out / "adapter", spec.model, subject.targets, subject.spectra, plan, units, masked=base.masked)
+        write_model(out / "model", base, subject.targets, subject.spectra, plan, units)
         check_unchanged(model)
         verification = _verify(out, base, subject, plan, (splits.test or splits.pool)[:CHECKED_EXAMPLES])
 
-    reasons = {t.module_name: search.unreached[t.name] for t in targets if t.name in search.unreached}
+    places = {t.name: t.module_name for t in targets} | {unit.name: unit.place for unit in units}
+    reasons = {places[name]: reason for name, reason in search.unreached.items()}
     unreached = [SkippedModule(module=name, reason=reason) for name, reason in reasons.items()]
     report = make_report(
         spec,
@@ -125,8 +129,9 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
             plan,
             verification,
             rounding_loss,
-            [*skipped, *unreached],
+            [*skipped, *without, *unreached],
             changed,
+            targets,
         ),
         progress.cost(search.clock, out),
     )
@@ -206,7 +211,7 @@ def _rounding_loss(subject: Subject, plan: Plan, examples: Sequence[Encoded]) ->
     if not plan.size:
         return 0.0
     shipped = _test(subject, examples, plan)
-    with applied_unrounded(subject.targets, subject.spectra, plan):
+    with applied_unrounded(subject.targets, subject.spectra, plan, subject.units):
         unrounded = evaluate(subject.model, examples, subject.objective, subject.layout)
     return float(shipped.loss.mean() - unrounded.loss.mean())
 

@@ -106,7 +106,7 @@ def _about(report: Report, licence: str | None) -> str:
     tested = f"cross-validated on {splits.test}" if splits.cross_validated else f"tested on {splits.test} others"
     if report.improved:
         done = (
-            f"{report.removed.components:,} of the {model.components:,} singular components of the model's "
+            f"{report.removed.of(model.components)} of the model's "
             f"{model.target_modules} weights were removed, in {report.removed.modules} of them. Nothing was trained "
             "and nothing added."
         )

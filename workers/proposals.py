@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from workers.ranking import Plan, Ranking, rank, sizes
+from workers.ranking import Plan, Ranking, is_unit, plan_of, rank, sizes
 from workers.targets import Target
 
 T = TypeVar("T")
@@ -101,12 +101,63 @@ class Proposer(Protocol[T]):
         """
 
 
+class Words(Protocol):
+    """What a plan of so many removes, in words, by the ranking that it is the beginning of."""
+
+    def __call__(self, ranking: Ranking, n: int) -> str: ...
+
+
+def counted(noun: str, order: str) -> Words:
+    """`3 heads by t`."""
+    return lambda ranking, n: f"{plural(n, noun)} {order}"
+
+
+def plural(n: int, noun: str) -> str:
+    """`1 head`, `3 groups of heads`, `2 layers or sub-layers`, `2 2:4 matrices`."""
+    if n == 1:
+        return f"1 {noun}"
+    irregular = {"layer or sub-layer": "layers or sub-layers", "group of heads": "groups of heads"}
+    return f"{n} {irregular.get(noun, noun + 's')}".replace("matrixs", "matrices")
+
+
+def growing(
+    ranked: Sequence[Ranking],
+    loss: float,
+    words: Words,
+    grid: Callable[[Ranking, float], list[int]] = sizes,
+    *,
+    predicts: bool = True,
+) -> Growing:
+    """The first n of each track's ranking, n on a growing grid.
+
+    Args:
+        predicts: whether the rankings hold what first order says.
+    """
+    result = ranked[-1]
+
+    def first(n: int, track: int) -> Plan:
+        return ranked[track].first(n)
+
+    def of_size(n: int) -> Proposal:
+        fall = float(result.predicted[n - 1]) if predicts else None
+        return Proposal(words(result, n), n, fall, partial(first, n))
+
+    return Growing([of_size(n) for n in grid(result, loss)], of_size)
+
+
 class Components:
     """Singular components of all targets in one list, by t and by moderated t; the first n of either go, n on a growing
     grid (METHOD 4). Those whose predicted fall is not believed are in neither and are tried by themselves."""
 
     nested = True
     by_effects = True
+
+    def __init__(self, noun: str = "component") -> None:
+        """
+        Args:
+            noun: what is ranked, where that is structures of one kind.
+        """
+        self.noun = noun
 
     def rank(self, effects: Mapping[str, Tensor], rows: Sequence[int], removed: Plan) -> Ranking:
         return rank(effects, rows, removed)
@@ -117,25 +168,19 @@ class Components:
 
         def single(k: int, track: int) -> Plan:
             """The k-th of those that the track does not believe; nothing where it has no so many."""
-            return Plan({name: (i,) for name, i in islice(doubtful[track], k, k + 1)})
+            return plan_of({name: (i,) for name, i in islice(doubtful[track], k, k + 1)})
 
         singles = [
-            Proposal(f"component {i} of {name}", 1, fall, partial(single, k))
+            Proposal(self._single(name, i), 1, fall, partial(single, k))
             for k, ((name, i), fall) in enumerate(islice(doubtful[-1].items(), SINGLES))
         ]
-        lists = [self._growing(believed, loss, "by t")]
+        return Proposals(lists=self._lists(believed, loss), singles=singles)
+
+    def _lists(self, believed: Sequence[Ranking], loss: float) -> list[Growing]:
+        lists = [growing(believed, loss, counted(self.noun, "by t"))]
         if len(believed[-1]):
-            lists.append(self._growing([r.moderated() for r in believed], loss, "by moderated t"))
-        return Proposals(lists=lists, singles=singles)
+            lists.append(growing([r.moderated() for r in believed], loss, counted(self.noun, "by moderated t")))
+        return lists
 
-    def _growing(self, ranked: Sequence[Ranking], loss: float, order: str) -> Growing:
-        result = ranked[-1]
-
-        def first(n: int, track: int) -> Plan:
-            return ranked[track].first(n)
-
-        def of_size(n: int) -> Proposal:
-            words = f"{n} component{'s' * (n > 1)} {order}"
-            return Proposal(words, n, float(result.predicted[n - 1]), partial(first, n))
-
-        return Growing([of_size(n) for n in sizes(result, loss)], of_size)
+    def _single(self, name: str, i: int) -> str:
+        return f"{self.noun} {i} of {name.partition(':')[0] if is_unit(name) else name}"

@@ -91,6 +91,11 @@ class Ranking:
         return self.t.numel()
 
     @cached_property
+    def in_units(self) -> Tensor:
+        """(n,) bool: which are structures."""
+        return torch.tensor([is_unit(name) for name in self.modules], dtype=torch.bool)[self.module]
+
+    @cached_property
     def predicted(self) -> Tensor:
         """(n,) the fall in mean loss predicted for removing the first 1, 2, ... n."""
         return self.fall.cumsum(0)

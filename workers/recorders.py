@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from workers.spectrum import Spectrum
-from workers.structures import Columns, Tiles, Unit, Whole
+from workers.structures import Columns, Pattern, Tiles, TurningLayer, Unit, WandaTiles, Whole
 from workers.targets import Target
 
 
@@ -175,10 +175,57 @@ class TilesRecorder(Recorder):
         return torch.stack(effects, -1).flatten(1)
 
 
+class PatternRecorder(Recorder):
+    """The entries of one weight that a pattern takes."""
+
+    def __init__(self, unit: Pattern, N: int, dtype: torch.dtype) -> None:
+        super().__init__(unit.name, unit.target.whole_weight.new_zeros(N, 1, dtype=dtype))
+        self.unit = unit
+
+    def attach(self) -> list[RemovableHandle]:
+        return [self.tap_output(self.unit.target.module, with_input=True)]
+
+    def contribution(self, value: Tensor, gradient: Tensor) -> Tensor:
+        gone = torch.where(self.unit.mask, self.unit.target.whole_weight, 0).to(value.dtype)
+        return ((value @ gone.T) * gradient).sum((1, 2))[:, None]
+
+
+class WandaRecorder(TilesRecorder):
+    """Not an effect, but a score of tiles to compare with: |W| times the norm of what each entry is multiplied by
+    (Sun et al., arXiv 2306.11695), a tile's mean. Here the norms are over the tokens of each example."""
+
+    def contribution(self, value: Tensor, gradient: Tensor) -> Tensor:
+        norms = value.norm(dim=1)  # (R, in)
+        W = self.unit.target.whole_weight.to(value.dtype).abs()
+        return torch.stack([self.unit.sums(W * row) for row in norms]) / self.unit.sizes.to(W.device)
+
+
+class BlockInfluenceRecorder(Recorder):
+    """Not an effect, but a score of layers to compare with: 1 minus the cosine of what a block is given and what it
+    hands on, over an example's tokens (Men et al., arXiv 2403.03853)."""
+
+    def __init__(self, unit: Whole, N: int, dtype: torch.dtype, block: nn.Module) -> None:
+        super().__init__(unit.name, unit.targets[0].whole_weight.new_zeros(N, 1, dtype=dtype))
+        self.block = block
+
+    def attach(self) -> list[RemovableHandle]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            self._note_call(inputs[0])
+            self.add(inputs[0].detach(), (output if isinstance(output, Tensor) else output[0]).detach())
+
+        return [self.block.register_forward_hook(hook)]
+
+    def contribution(self, value: Tensor, gradient: Tensor) -> Tensor:
+        return (1 - nn.functional.cosine_similarity(value, gradient, dim=-1)).mean(1)[:, None]
+
+
 RECORDERS: dict[type[Unit], Callable[[Any, int, torch.dtype], Recorder]] = {
     Columns: ColumnsRecorder,
     Whole: WholeRecorder,
     Tiles: TilesRecorder,
+    Pattern: PatternRecorder,
+    WandaTiles: WandaRecorder,
+    TurningLayer: lambda unit, N, dtype: BlockInfluenceRecorder(unit, N, dtype, unit.block),
 }
 
 

@@ -18,12 +18,14 @@ from service.reports import (
     ModelInfo,
     Outlook,
     PlanEntry,
+    RemovedStructures,
     Report,
     SkippedModule,
     TargetModule,
     Verification,
 )
 from workers.evaluation import Outcome, changes, differences, metrics
+from workers.pruning import cleared
 from workers.ranking import Plan
 from workers.search import Search, Subject
 from workers.splits import Splits
@@ -62,6 +64,8 @@ class Findings:
     rounding_loss: float | None
     skipped: list[SkippedModule]
     changed: list[ChangedExample]
+    targets: Sequence[Target]
+    """Those that could be touched."""
 
 
 def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Report:
@@ -73,13 +77,14 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
     returned = found.last if found.verdict.improved else found.base
     entries = _plan_entries(found.subject, found.plan)
     gained, lost = changes(base.right, returned.outcome.right)
-    modules = _target_modules(found.search.ranked_targets)
+    structures = _removed_structures(found.subject, found.plan)
+    modules = _target_modules(found.targets)
     parameters = sum(p.numel() for p in found.subject.model.parameters())
     return Report(
         improved=found.verdict.improved,
         verdict=found.verdict.sentence,
         difference=found.verdict.difference,
-        removed=Removed(components=found.plan.size, modules=len({entry.module for entry in entries})),
+        removed=_removed(found.subject, found.plan, structures),
         drift=_drift(returned, found),
         model=ModelInfo(
             id=model.id,
@@ -110,6 +115,7 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
         lost=lost,
         changed=found.changed,
         plan=entries,
+        structures=structures,
         modules=modules,
         skipped_modules=found.skipped,
         verification=found.verification,
@@ -154,6 +160,32 @@ def _target_modules(targets: Sequence[Target]) -> list[TargetModule]:
     return [
         TargetModule(module=name, layer=by_name[name].layer, kind=by_name[name].kind, components=size)
         for name, size in sizes.items()
+    ]
+
+
+def _removed(subject: Subject, plan: Plan, structures: Sequence[RemovedStructures]) -> Removed:
+    modules = {target.module_name for target in subject.targets if plan.components.get(target.name)}
+    modules |= {target.module_name for _, _, target in cleared(plan, subject.units)}
+    return Removed(
+        components=sum(map(len, plan.components.values())),
+        modules=len(modules),
+        structures=sum(len(entry.indices) for entry in structures),
+        parameters=sum(entry.parameters for entry in structures),
+    )
+
+
+def _removed_structures(subject: Subject, plan: Plan) -> list[RemovedStructures]:
+    return [
+        RemovedStructures(
+            kind=unit.kind,
+            unit=unit.place,
+            layer=unit.layer,
+            indices=list(indices),
+            count=unit.count,
+            parameters=int(unit.sizes[list(indices)].sum()),
+        )
+        for unit in subject.units
+        if (indices := plan.structures.get(unit.name))
     ]
 
 

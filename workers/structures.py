@@ -53,6 +53,11 @@ class Unit:
         return self.sizes.numel()
 
     @property
+    def place(self) -> str:
+        """`model.layers.3.self_attn`."""
+        return self.name.partition(":")[0]
+
+    @property
     def targets(self) -> tuple[Target, ...]:
         """The weights that hold what is zero when a structure is gone."""
         raise NotImplementedError
@@ -71,6 +76,10 @@ class Unit:
         """
         raise NotImplementedError
 
+    def magnitudes(self) -> Tensor:
+        """(n,) how large the weights are that are zero when a structure is gone: the root of their mean square."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, eq=False)
 class Columns(Unit):
@@ -87,6 +96,10 @@ class Columns(Unit):
     def clear(self, W: Tensor, indices: Sequence[int]) -> None:
         first = torch.tensor(indices, device=W.device)[:, None] * self.width
         W[:, (first + torch.arange(self.width, device=W.device)).flatten()] = 0
+
+    def magnitudes(self) -> Tensor:
+        squares = self.branch.output.whole_weight.double().square().mean(0)
+        return squares.reshape(self.count, self.width).mean(1).sqrt()
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +142,55 @@ class Tiles(Unit):
         for r, c in (divmod(index, self.across) for index in indices):
             W[r * b : (r + 1) * b, c * b : (c + 1) * b] = 0
 
+    def sums(self, entries: Tensor) -> Tensor:
+        """Of each tile.
+
+        Args:
+            entries: (..., out, in)
+
+        Returns:
+            (..., n)
+        """
+        b, (out, in_) = self.side, self.target.shape
+        padded = nn.functional.pad(entries, (0, -in_ % b, 0, -out % b))
+        return padded.unflatten(-1, (-1, b)).unflatten(-3, (-1, b)).sum((-1, -3)).flatten(-2)  # type: ignore[no-untyped-call, no-any-return]
+
+    def magnitudes(self) -> Tensor:
+        W = self.target.whole_weight.double()
+        return (self.sums(W.square()) / self.sizes.to(W.device)).sqrt()
+
+
+@dataclass(frozen=True, eq=False)
+class WandaTiles(Tiles):
+    """Tiles of which a pass takes Wanda's score, not the effects."""
+
+
+@dataclass(frozen=True, eq=False)
+class TurningLayer(Whole):
+    """A layer of which a pass takes how far it turns what it is given, not the effect."""
+
+    block: nn.Module
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern(Unit):
+    """Of every four neighbours in a row of one weight two: the form in which hardware runs a sparse product."""
+
+    target: Target
+    mask: Tensor
+    """(out, in) bool: the entries that go."""
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return (self.target,)
+
+    def clear(self, W: Tensor, indices: Sequence[int]) -> None:
+        if indices:
+            W[self.mask] = 0
+
+    def magnitudes(self) -> Tensor:
+        return self.target.whole_weight[self.mask].double().square().mean().sqrt()[None]
+
 
 def find_units(
     model: nn.Module, targets: Sequence[Target], kinds: Collection[Kind]
@@ -156,14 +218,30 @@ def find_units(
     return units, skipped if len(parts) > 1 else [s for s in skipped if not _is_about_other_part(s, parts)]
 
 
-def tile_units(targets: Sequence[Target], side: int) -> list[Unit]:
-    """Every weight in tiles of side x side."""
+def tile_units(targets: Sequence[Target], side: int, made: type[Tiles] | None = None) -> list[Unit]:
+    """Every weight in tiles of side x side, of another class than `Tiles` where one is given."""
     units: list[Unit] = []
     for target in targets:
         rows, columns = (_edges(size, side) for size in target.shape)
         sizes = torch.outer(rows, columns).flatten()
-        units.append(Tiles(f"{target.name}:blocks{side}", f"blocks{side}", target.layer, sizes, target, side))
+        units.append((made or Tiles)(f"{target.name}:blocks{side}", f"blocks{side}", target.layer, sizes, target, side))
     return units
+
+
+def pattern_units(targets: Sequence[Target]) -> tuple[list[Unit], list[SkippedModule]]:
+    """Every weight with two of every four neighbours in a row as one structure, the two of least magnitude."""
+    units: list[Unit] = []
+    skipped: list[SkippedModule] = []
+    for target in targets:
+        out, in_ = target.shape
+        if in_ % 4:
+            skipped.append(SkippedModule(module=target.name, reason=f"its rows of {in_} are no fours"))
+            continue
+        order = target.whole_weight.abs().reshape(out, -1, 4).argsort(dim=-1, stable=True)
+        mask = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[..., :2], True).reshape(out, in_)
+        size = torch.tensor([out * in_ // 2])
+        units.append(Pattern(f"{target.name}:2:4", "2:4", target.layer, size, target, mask))
+    return units, skipped
 
 
 _PARTS = {

@@ -11,7 +11,7 @@ import { bytes, count, element, fold, number, plural, pValue, range, seconds, si
  * @param {{links?: Record<string, string>}} [options] `links`: what can be downloaded, its address by its name
  */
 export function renderResult(root, report, { links = {} } = {}) {
-  const drawn = [verdict, gains, removed, candidates, labels, sideEffect, cost, changed, details];
+  const drawn = [verdict, gains, removed, structures, candidates, labels, sideEffect, cost, changed, details];
   const parts = drawn.map((part) => part(report, links)).filter(Boolean);
   const halves = parts.filter((part) => !part.classList.contains("wide"));
   if (halves.length % 2) halves.at(-1).classList.add("wide");
@@ -35,8 +35,8 @@ function verdict(report, links) {
   const [state, word] = improved
     ? ["good", "Improved"]
     : report.verdict.startsWith("Worse") ? ["bad", "Worse: base returned"] : ["none", "No significant improvement"];
-  const what = gone.components
-    ? `${count(gone.components)} of ${count(model.components)} components are removed, in ${count(gone.modules)} of ` +
+  const what = hasLess(report)
+    ? `${removedWords(report)} are removed, in ${count(gone.modules)} of ` +
       `${plural(model.target_modules, "weight")} of ${model.id}. Nothing was trained, nothing added.`
     : `Nothing is removed from ${model.id}: what you get is the base model.`;
   const downloads = Object.entries(links).map(([name, href]) => element("a", { href, download: true }, name));
@@ -103,6 +103,31 @@ function rate(value, interval, format = number) {
 
 // --- what was removed ---------------------------------------------------------------------------------------------
 
+const hasLess = ({ removed: gone }) => gone.components > 0 || gone.structures > 0;
+
+function removedWords({ model, removed: gone }) {
+  const structures = gone.structures
+    ? `${plural(gone.structures, "structure")} (${plural(gone.parameters, "parameter")})`
+    : null;
+  const components = gone.components || !structures ? `${count(gone.components)} of ${count(model.components)} components` : null;
+  return [components, structures].filter(Boolean).join(" and ");
+}
+
+function structures(report) {
+  if (!report.structures?.length) return null;
+  const rows = report.structures.map((entry) => [
+    entry.unit, `${entry.layer}`, entry.kind, count(entry.indices.length), count(entry.count), count(entry.parameters),
+  ]);
+  const shown = table(
+    "Structures removed", ["where", "layer", "what", "removed", "of", "parameters"], rows, { hideCaption: true },
+  );
+  return section(
+    "Structures that were removed",
+    sentence("Heads, neurons, layers or blocks of weights, as wholes. The downloaded model holds zeros in their place.", "note"),
+    rows.length > 12 ? fold("All of them", shown) : shown,
+  );
+}
+
 function removed(report) {
   const gone = new Map();
   for (const entry of report.plan) {
@@ -115,6 +140,7 @@ function removed(report) {
   const cells = (report.modules ?? []).map((module) => ({ removed: 0, norm: 0, ...module, ...gone.get(module.module) }));
   if (!cells.length) return null;
   const most = Math.max(...cells.map((cell) => cell.removed));
+  if (!most && hasLess(report)) return null;
   if (!most) {
     return section("What was removed", sentence(`Nothing: all ${plural(cells.length, "weight")} are the base's.`));
   }
@@ -232,7 +258,7 @@ function changed(report) {
   const lost = report.changed.filter((e) => e.base_correct && !e.adapted_correct);
   const other = report.changed.filter((e) => e.base_correct === e.adapted_correct);
   if (!report.changed.length) {
-    const why = report.removed.components ? "No answer changed." : "No answer changed: the base model is returned.";
+    const why = hasLess(report) ? "No answer changed." : "No answer changed: the base model is returned.";
     return wideSection("Examples that changed", sentence(why));
   }
   const groups = [
@@ -284,7 +310,7 @@ function card(example) {
 
 function sideEffect(report) {
   const { value, tokens } = report.drift;
-  if (!report.removed.components) return null;
+  if (!hasLess(report)) return null;
   const text = typeof value === "number"
     ? `On ordinary text that has nothing to do with the task, the adapted model gives what the base would say next on average ${number(100 * Math.exp(-value), 0)} % of the probability that the base gives it. 100 % would be no side effect. The drift is ${number(value)} nats a token, over ${plural(tokens, "token")}.`
     : "On ordinary text the adapted model gives no finite probabilities: do not use it for anything else.";

@@ -15,6 +15,11 @@ const STRATEGIES = [
     "Compress to Impress",
     "Tries lower ranks, block by block, on the few matrices that a gradient points to. There to compare.",
   ],
+  ["heads", "Heads", "Removes attention heads."],
+  ["neurons", "Neurons", "Removes neurons of the MLPs."],
+  ["layers", "Layers", "Removes whole layers, or the attention or the MLP of a layer."],
+  ["blocks", "Blocks", "Sets square tiles of the weights to zero."],
+  ["mixed", "Mixed", "Components, attention heads, neurons, attentions and MLPs in one list: whatever stands most in the way goes."],
 ];
 
 const OBJECTIVES = [
