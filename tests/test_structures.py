@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from service.jobs import Objective
 from tests import plain, test_masked, tiny
 from tests.plain import ARCHITECTURES, MIXTURES, loaded, targets_of
 from workers.adapters import updates
+from workers.applying import Factors
 from workers.branches import find_branches
 from workers.checkpoints import reload_check, write_adapter, write_model
 from workers.evaluation import answer_logits, evaluate
@@ -26,7 +27,17 @@ from workers.loading import load
 from workers.pruning import applied
 from workers.ranking import Indices, Plan
 from workers.spectrum import decompose
-from workers.structures import Columns, Kind, Unit, Whole, find_units, tile_units
+from workers.structures import (
+    Columns,
+    Kind,
+    TurningLayer,
+    Unit,
+    WandaTiles,
+    Whole,
+    find_units,
+    pattern_units,
+    tile_units,
+)
 from workers.targets import decoder_blocks, find_targets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,6 +133,59 @@ def test_an_effect_is_the_slope_of_each_examples_loss_along_its_gate(
         slope = (ends[0] - ends[1]) / (2 * STEP)
         a = found.by_module[unit.name]
         torch.testing.assert_close(a @ direction, slope, rtol=1e-3, atol=1e-6 * float(a.abs().max()))
+
+
+@pytest.mark.usefixtures("double")
+def test_the_effect_of_a_pattern_is_the_slope_along_the_smaller_two_of_every_four(tiny_models: TinyModels) -> None:
+    folder = tiny_models("gpt2", "float64")
+    model, pool, targets = loaded(folder).model, plain.encoded(folder), targets_of(folder)[0]
+    units, skipped = pattern_units(targets)
+    assert not skipped
+    found, _ = effects(model, [], {}, pool, Objective.BOTH, FLAT, units=units)
+    for unit, target in zip(units, targets, strict=True):
+        W = target.weight.clone()
+        unit.clear(W, [0])
+        fours, kept = target.weight.abs().reshape(-1, 4), W.abs().reshape(-1, 4)
+        assert bool((kept.count_nonzero(1) == 2).all())
+        torch.testing.assert_close(kept.sort(1).values[:, 2:], fours.sort(1).values[:, 2:])
+        gone, ends = target.weight - W, []
+        for sign in (1, -1):
+            with plain.nudged(target.weight, sign * STEP * gone):
+                ends.append(losses(model, pool))
+        slope = (ends[0] - ends[1]) / (2 * STEP)
+        a = found.by_module[unit.name][:, 0]
+        torch.testing.assert_close(a, slope, rtol=1e-3, atol=1e-6 * float(a.abs().max()))
+
+
+def test_classical_scores_are_those_of_their_papers(tiny_models: TinyModels) -> None:
+    folder = tiny_models("llama", "float64")
+    model, targets, pool = loaded(folder).model, targets_of(folder)[0], plain.encoded(folder)[1:2]
+    (wanda,) = tile_units([targets[5]], SIDE, WandaTiles)
+    layer = next(u for u in units_of(folder) if u.kind == Kind.LAYERS and u.layer == 1)
+    assert isinstance(layer, Whole)
+    block = decoder_blocks(model)[1][1]
+    turning = TurningLayer(layer.name, layer.kind, 1, layer.sizes, layer.branches, block)
+    found, _ = effects(model, [], {}, pool, Objective.BOTH, FLAT, units=[wanda, turning])
+    seen: dict[str, Tensor] = {}
+    handles = [
+        targets[5].module.register_forward_pre_hook(lambda _, inputs: seen.update(X=inputs[0][0])),
+        block.register_forward_hook(lambda _, inputs, output: seen.update(x=inputs[0][0], y=output[0])),
+    ]
+    tokens = torch.tensor([[*pool[0].prompt, *pool[0].continuations[0][:-1]]])
+    with torch.no_grad():
+        model(tokens, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    scores = targets[5].weight.abs() * seen["X"].norm(dim=0)
+    tiles = [scores[r : r + SIDE, c : c + SIDE].mean() for r in range(0, 48, SIDE) for c in range(0, 32, SIDE)]
+    torch.testing.assert_close(found.by_module[wanda.name][0], torch.stack(tiles))
+    cosines = (seen["x"] * seen["y"]).sum(1) / seen["x"].norm(dim=1) / seen["y"].norm(dim=1)
+    torch.testing.assert_close(found.by_module[turning.name][0, 0], 1 - cosines.mean())
+    heads = next(u for u in units_of(folder) if u.kind == Kind.HEADS)
+    W = heads.targets[0].weight
+    torch.testing.assert_close(heads.magnitudes()[2], W[:, 16:24].square().mean().sqrt())
+    tile = tile_units([targets[5]], SIDE)[0]
+    torch.testing.assert_close(tile.magnitudes()[-1], targets[5].weight[40:, 20:].square().mean().sqrt())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES + MIXTURES + MASKED)
@@ -267,11 +331,14 @@ def test_a_plan_of_everything_is_what_adapter_and_model_hold_when_they_are_read_
         adapter, merged = reload_check(out, base, batch, expected)
         assert merged == 0
         assert adapter < (0.5 if dtype == "bfloat16" else 1e-3)
-        with safe_open(out / "adapter" / "adapter_model.safetensors", framework="pt") as opened:
-            ranks = {key: opened.get_slice(key).get_shape()[0] for key in opened.keys() if "lora_A" in key}  # noqa: SIM118
+        stored = load_tensors((out / "adapter" / "adapter_model.safetensors").read_bytes())
         for target in targets:
-            rank = ranks.get(f"base_model.model.{target.name}.lora_A.weight", 0)
-            assert rank <= min(target.shape)
+            key = f"base_model.model.{target.name}.lora_"
+            if f"{key}A.weight" in stored:
+                factors = Factors(stored[f"{key}A.weight"], stored[f"{key}B.weight"])
+                assert factors.A.shape[0] <= min(target.shape)
+                # What `c2i apply` knows an adapter's own base by.
+                assert factors.strangeness(target.weight) < (0.2 if dtype == "bfloat16" else 0.01)
         config = json.loads((out / "adapter" / "adapter_config.json").read_text())
         assert config["lora_bias"] is (bool(kinds & {Kind.MLP, Kind.LAYERS}) and architecture != "llama")
 

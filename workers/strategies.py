@@ -27,7 +27,7 @@ from workers.examples import Encoded
 from workers.laser import Laser
 from workers.proposals import Components, Proposer
 from workers.search import Search, Subject, Track
-from workers.structural import Classical, Layers, Mixed
+from workers.structural import Classical, Heads, Layers, Mixed
 from workers.structures import (
     Kind,
     TurningLayer,
@@ -148,6 +148,8 @@ def _proposer(subject: Subject, options: StrategyOptions, seed: int) -> Proposer
             proposer = C2I(subject.targets, subject.spectra, options, seed)
         case LayersOptions(score="effect"):
             proposer = Layers(_noun(options))
+        case HeadsOptions(score="effect"):
+            proposer = Heads(_noun(options))
         case MixedOptions():
             proposer = Mixed(parameters(subject.targets, subject.units))
         case _ if options.score == "effect":

@@ -30,6 +30,23 @@ def coarse_sizes(ranking: Ranking, loss: float) -> list[int]:
     return [*(n for n in grid if n < most), most] if most else []
 
 
+def doubling_sizes(ranking: Ranking, loss: float) -> list[int]:
+    """2, 4, 8 and so on, and all."""
+    most = len(ranking)
+    return [*(2**k for k in range(1, 20) if 2**k < most), most] if most else []
+
+
+class Heads(Components):
+    """Heads, or groups of them: a few may be the best already."""
+
+    def _lists(self, believed: Sequence[Ranking], loss: float) -> list[Growing]:
+        lists = [growing(believed, loss, counted(self.noun, "by t"), doubling_sizes)]
+        if len(believed[-1]):
+            moderated = [r.moderated() for r in believed]
+            lists.append(growing(moderated, loss, counted(self.noun, "by moderated t"), doubling_sizes))
+        return lists
+
+
 class Layers(Components):
     """Layers and sub-layers: few and coarse."""
 
