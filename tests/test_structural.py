@@ -18,7 +18,7 @@ from workers.evaluation import evaluate
 from workers.examples import Layout
 from workers.loading import load
 from workers.ranking import Ranking, rank
-from workers.structural import Composed, Mixed, coarse_sizes
+from workers.structural import Composed, Layers, Mixed, coarse_sizes
 from workers.structures import Kind, find_units
 from workers.targets import find_targets
 
@@ -160,6 +160,22 @@ def test_a_mixed_list_has_components_alone_everything_by_t_and_everything_by_eff
     assert first[2].structures == {"x:heads": (0,)}
     assert first[3].components == {"w": (0,)}
     assert Composed("by t")(ranking(), 3) == "1 head and 2 components by t"
+
+
+def test_a_list_of_layers_has_no_part_of_a_layer_that_stands_before_it(tiny_models: TinyModels) -> None:
+    folder = tiny_models("llama")
+    units = find_units(plain.loaded(folder).model, plain.targets_of(folder)[0], {Kind.LAYERS, Kind.MLP})[0]
+    means = {"model.layers.0:all": 3.0, "model.layers.0.mlp:all": 2.0, "model.layers.1.mlp:all": 2.5}
+    noise = torch.linspace(-1, 1, 40, dtype=torch.float64)[:, None]
+    ranking = rank({name: mean + noise for name, mean in (means | {"model.layers.1:all": 1.0}).items()})
+    by_t, by_effect = Layers("layer or sub-layer", units).propose([ranking], [], loss=1.0).lists
+    for growing in (by_t, by_effect):
+        first = [set(growing.of_size(n).addition(0).structures) for n in (1, 2, 3)]
+        assert first[0] == {"model.layers.0:all"}
+        assert first[1] == {"model.layers.0:all", "model.layers.1.mlp:all"}
+        # Of the second layer the attention is still there.
+        assert first[2] == first[1] | {"model.layers.1:all"}
+        assert [candidate.size for candidate in growing.candidates] == [1, 2, 3]
 
 
 def test_plans_of_layers_grow_one_by_one() -> None:

@@ -147,7 +147,7 @@ def _proposer(subject: Subject, options: StrategyOptions, seed: int) -> Proposer
         case C2IOptions():
             proposer = C2I(subject.targets, subject.spectra, options, seed)
         case LayersOptions(score="effect"):
-            proposer = Layers(_noun(options))
+            proposer = Layers(_noun(options), subject.units)
         case HeadsOptions(score="effect"):
             proposer = Heads(_noun(options))
         case MixedOptions():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from workers.proposals import Components, Growing, Proposals, counted, growing, plural
-from workers.ranking import CERTAIN, Plan, Ranking, is_unit, rank, sizes
+from workers.ranking import CERTAIN, Plan, Ranking, Single, is_unit, rank, sizes
 from workers.structures import Unit
 
 
@@ -48,14 +48,29 @@ class Heads(Components):
 
 
 class Layers(Components):
-    """Layers and sub-layers: few and coarse."""
+    """Layers and sub-layers: few and coarse. What takes nothing that those before it in a list have left is not in it:
+    the attention of a layer that is gone."""
+
+    def __init__(self, noun: str, units: Sequence[Unit]) -> None:
+        super().__init__(noun)
+        self.holds = {unit.name: {target.name for target in unit.targets} for unit in units}
 
     def propose(self, ranked: Sequence[Ranking], plans: Sequence[Plan], loss: float) -> Proposals:
-        lists = [growing(ranked, loss, counted(self.noun, "by t"), coarse_sizes)]
+        lists = [growing([self._distinct(r) for r in ranked], loss, counted(self.noun, "by t"), coarse_sizes)]
         if len(ranked[-1]):
-            by_fall = [r.by(r.fall) for r in ranked]
+            by_fall = [self._distinct(r.by(r.fall)) for r in ranked]
             lists.append(growing(by_fall, loss, counted(self.noun, "by effect"), coarse_sizes))
         return Proposals(lists=lists)
+
+    def _distinct(self, ranking: Ranking) -> Ranking:
+        gone: set[str] = set()
+        idle: set[Single] = set()
+        for m, i in zip(ranking.module.tolist(), ranking.component.tolist(), strict=True):
+            name = ranking.modules[m]
+            if self.holds[name] <= gone:
+                idle.add((name, i))
+            gone |= self.holds[name]
+        return ranking.without(idle)
 
 
 class Mixed(Components):
