@@ -136,7 +136,7 @@ def too_long(lines: list[str]) -> None:
     lines[60] = json.dumps(row | {"prompt": "red " * 400})
 
 
-@pytest.mark.parametrize(("spoil", "line"), [(bad_json, 5), (bad_field, 72), (bad_choice, 87), (too_long, 62)], ids=str)
+@pytest.mark.parametrize(("spoil", "line"), [(bad_json, 5), (bad_field, 72), (bad_choice, 87), (too_long, 62)])
 @pytest.mark.parametrize("rows", [(None, 0, None), (50, 30, 40)], ids=["one list", "three splits"])
 def test_a_bad_line_is_named_and_nothing_is_written(
     rows: local.Rows,

@@ -11,7 +11,7 @@ import { bytes, count, element, fold, number, plural, pValue, range, seconds, si
  * @param {{links?: Record<string, string>}} [options] `links`: what can be downloaded, its address by its name
  */
 export function renderResult(root, report, { links = {} } = {}) {
-  const drawn = [verdict, gains, removed, structures, candidates, labels, sideEffect, cost, changed, details];
+  const drawn = [verdict, gains, removed, structures, candidates, labels, price, changed, details];
   const parts = drawn.map((part) => part(report, links)).filter(Boolean);
   const halves = parts.filter((part) => !part.classList.contains("wide"));
   if (halves.length % 2) halves.at(-1).classList.add("wide");
@@ -307,6 +307,11 @@ function card(example) {
 }
 
 // --- side effect, cost, details -----------------------------------------------------------------------------------
+
+/** Side effect and cost, short as they are, in one place. */
+function price(report) {
+  return element("div", { class: "stack" }, sideEffect(report), cost(report));
+}
 
 function sideEffect(report) {
   const { value, tokens } = report.drift;
