@@ -189,7 +189,7 @@ def _evaluations(size: Size, loads: Loads, options: StrategyOptions) -> float:
     """Forwards over the selection split in a pass."""
     if not isinstance(options, LaserOptions | C2IOptions):
         part = PART_JUDGED if loads.selection.rows >= JUDGED_IN_PART_FROM else 1.0
-        lists = 2 if isinstance(options, MixedOptions) else 1
+        lists = 3 if isinstance(options, MixedOptions) else 1
         return lists * CANDIDATES * part + JUDGED_WHOLE
     if isinstance(options, LaserOptions):
         grid = size.matrices * len(options.retentions)

@@ -150,15 +150,15 @@ def ranking() -> Ranking:
     return rank({"w": a[:, :2], "x:heads": a[:, 2:]})
 
 
-def test_a_mixed_list_has_components_alone_everything_by_t_and_everything_by_effect_a_parameter() -> None:
+def test_a_mixed_search_has_each_kind_alone_everything_by_t_and_everything_by_effect_a_parameter() -> None:
     mixed = Mixed({"w": torch.tensor([10, 10]), "x:heads": torch.tensor([1000])})
     proposals = mixed.propose([ranking()], [], loss=100.0)
     largest = [growing.candidates[-1].addition(0) for growing in proposals.lists]
-    assert [plan.size for plan in largest] == [2, 2, 3, 3]
-    assert [bool(plan.structures) for plan in largest] == [False, False, True, True]
+    assert [plan.size for plan in largest] == [2, 2, 1, 3, 3]
+    assert [bool(plan.structures) for plan in largest] == [False, False, True, True, True]
     first = [growing.of_size(1).addition(0) for growing in proposals.lists]
-    assert first[2].structures == {"x:heads": (0,)}
-    assert first[3].components == {"w": (0,)}
+    assert first[3].structures == {"x:heads": (0,)}
+    assert first[4].components == {"w": (0,)}
     assert Composed("by t")(ranking(), 3) == "1 head and 2 components by t"
 
 

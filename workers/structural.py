@@ -5,7 +5,7 @@ Ranked by t like components, and searched like them (`workers.proposals`). Besid
 - layers are few, and what first order says of one is often a large part of the loss: their plans grow one by one, and
   none is left out for being predicted too well;
 - of a mixed list, t tells how certain each candidate's effect is and nothing of how much of the model goes with it. So
-  there is a second order, by effect for each parameter among the certain ones, and the lists of components alone, which
+  there is a second order, by effect for each parameter among the certain ones, and the lists of each kind alone, which
   the others have to beat;
 - classical scores, to compare: the smallest go first, whatever the effects.
 """
@@ -89,6 +89,9 @@ class Mixed(Components):
         alone = [r.by(torch.where(r.in_units, -torch.inf, r.t)) for r in believed]
         if len(alone[-1]):
             lists += Components()._lists(alone, loss)
+        for kind in dict.fromkeys(name.rpartition(":")[2] for name in believed[-1].modules if is_unit(name)):
+            own = [r.by(torch.where(_of_kind(r, kind), r.t, -torch.inf)) for r in believed]
+            lists.append(growing(own, loss, Composed("by t")))
         if len(alone[-1]) < len(believed[-1]):
             lists.append(growing(believed, loss, Composed("by t")))
             dense = [r.by(self._density(r)) for r in believed]
@@ -101,6 +104,12 @@ class Mixed(Components):
         named = zip(ranking.module.tolist(), ranking.component.tolist(), strict=True)
         each = torch.tensor([int(self.parameters[ranking.modules[m]][i]) for m, i in named], dtype=torch.float64)
         return torch.where(ranking.t > CERTAIN, ranking.fall / each, -torch.inf)
+
+
+def _of_kind(ranking: Ranking, kind: str) -> Tensor:
+    """(n,) bool: which candidates are structures of a kind, as units' names end."""
+    ends = [is_unit(name) and name.rpartition(":")[2] == kind for name in ranking.modules]
+    return torch.tensor(ends, dtype=torch.bool)[ranking.module]
 
 
 class Composed:
