@@ -157,6 +157,7 @@ def test_every_counted_route_documents_that_it_may_refuse(folder: Path, server: 
             for method, operation in methods.items()
         }
         counted = {name for name in operations if name.startswith(("get /v1/", "post /v1/", "delete /v1/"))}
+        counted.remove("get /v1/service")  # the page asks it before it has a key
         assert len(counted) >= 10
         assert {name for name, answers in operations.items() if "429" in answers} >= counted
         assert {"413", "422", "429"} <= set(operations["post /v1/jobs"])
