@@ -116,7 +116,23 @@ MetadataKey = Annotated[str, StringConstraints(strict=True, min_length=1, max_le
 MetadataValue = Annotated[str, StringConstraints(strict=True, max_length=512)]
 
 
-class JobSpec(Strict):
+class Body(Strict):
+    """The body of a request, validated from the bytes that came."""
+
+    @classmethod
+    def parse_json(cls, body: bytes) -> Self:
+        """Validate a body as it came.
+
+        Raises:
+            InvalidInput: naming the first field that is wrong, no field where it is not JSON.
+        """
+        try:
+            return cls.model_validate_json(body)
+        except ValidationError as error:
+            raise invalid_input(error) from None
+
+
+class JobSpec(Body):
     """The body of `POST /v1/jobs`.
 
     `validation` is the selection split and `test` the test split, where the client brings its own; what is not
@@ -195,18 +211,6 @@ class JobSpec(Strict):
         """
         try:
             return cls.model_validate(data)
-        except ValidationError as error:
-            raise invalid_input(error) from None
-
-    @classmethod
-    def parse_json(cls, body: bytes) -> Self:
-        """Validate a body as it came.
-
-        Raises:
-            InvalidInput: naming the first field that is wrong, no field where it is not JSON.
-        """
-        try:
-            return cls.model_validate_json(body)
         except ValidationError as error:
             raise invalid_input(error) from None
 

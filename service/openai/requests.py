@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from service.errors import InvalidInput
-from service.jobs import JobSpec, MetadataKey, MetadataValue, PromptFormat, invalid_input
+from service.jobs import Body, JobSpec, MetadataKey, MetadataValue, PromptFormat
 from service.openai.examples import TrainingFile
 from service.strict import Strict
 
@@ -60,7 +60,7 @@ class Method(Strict):
         return self
 
 
-class FineTuningRequest(Strict):
+class FineTuningRequest(Body):
     """The body of `POST /v1/fine_tuning/jobs`."""
 
     model: Annotated[str, StringConstraints(strict=True)]
@@ -81,18 +81,6 @@ class FineTuningRequest(Strict):
         if self.hyperparameters is not None and self.method is not None:
             raise ValueError("`hyperparameters` stand in `method.supervised`; beside a `method` they mean nothing")
         return self
-
-    @classmethod
-    def parse_json(cls, body: bytes) -> Self:
-        """Validate a body as it came.
-
-        Raises:
-            InvalidInput: naming the first field that is wrong, no field where it is not JSON.
-        """
-        try:
-            return cls.model_validate_json(body)
-        except ValidationError as error:
-            raise invalid_input(error) from None
 
     def spec(self, training: TrainingFile, validation: TrainingFile | None) -> JobSpec:
         """The job that is asked for.

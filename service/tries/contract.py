@@ -5,14 +5,14 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints
 
 from service.errors import InvalidInput
-from service.jobs import JobError, JobStatus, invalid_input
+from service.jobs import Body, JobError, JobStatus
 from service.strict import Strict
 
 
-class TrySpec(Strict):
+class TrySpec(Body):
     """The body of `POST /v1/jobs/{id}/tries`. The prompt reaches the models as those of the job's examples did."""
 
     prompt: Annotated[str, StringConstraints(strict=True, max_length=100_000)]
@@ -22,15 +22,12 @@ class TrySpec(Strict):
 
     @classmethod
     def parse_json(cls, body: bytes) -> Self:
-        """Validate a body as it came.
+        """Validate a body as it came; its prompt is not empty.
 
         Raises:
             InvalidInput: naming the first field that is wrong, no field where it is not JSON.
         """
-        try:
-            spec = cls.model_validate_json(body)
-        except ValidationError as error:
-            raise invalid_input(error) from None
+        spec = super().parse_json(body)
         if not spec.prompt.strip():
             raise InvalidInput("empty; a prompt is the text that the models continue", param="prompt")
         return spec
