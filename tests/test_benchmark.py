@@ -27,7 +27,7 @@ from tests import live, plain
 from tests.live import REPOSITORY
 from tests.planted import Planted
 from workers.adaptation import layout_for
-from workers.benchmark import fewshot, lora, methods
+from workers.benchmark import fewshot, lora, methods, structures
 from workers.benchmark.cells import OBJECTIVE, Bench, Cell, encode_split, prepare
 from workers.benchmark.methods import components, majority
 from workers.benchmark.plots import write_plots
@@ -39,6 +39,7 @@ from workers.evaluation import evaluate
 from workers.offline import OFFLINE
 from workers.pruning import applied
 from workers.search import Search, Track
+from workers.strategies import make_search
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -494,3 +495,75 @@ def test_drift_is_zero_of_what_changes_no_weight_and_is_known_of_what_does(finis
         else:
             assert row.drift is not None
             assert (row.drift > 0) == (row.parameters_touched > 0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "heads@0.95",
+        "heads/michel@0.95",
+        "neurons/magnitude@0.9",
+        "layers/whole@0.8",
+        "blocks/wanda@0.9",
+        "blocks/2:4@0.9",
+    ],
+)
+def test_structures_go_until_the_size_is_reached_and_no_further(loaded: Bench, tasks: Path, name: str) -> None:
+    cell = cell_of(loaded, tasks, "planted")
+    method = structures.parse(name)
+    assert method is not None
+    assert method.size is not None
+    subject = structures.subject_with(cell, method)
+    plan, seconds = structures.plan_to_size(cell, subject, method)
+    left = structures.left(subject, plan)
+    largest = max(int(unit.sizes.max()) for unit in subject.units)
+    total = sum(p.numel() for p in loaded.base.model.parameters())
+    assert left <= method.size < left + largest / total
+    measured = methods.measure(cell, [name], []).by_method[name]
+    assert measured.left == left
+    assert measured.seconds > 0 or seconds == 0
+
+
+def test_unstructured_magnitude_takes_the_smallest_entries_of_all_weights(loaded: Bench, tasks: Path) -> None:
+    cell = cell_of(loaded, tasks, "planted")
+    method = structures.parse("magnitude@0.9")
+    assert method is not None
+    subject = structures.subject_with(cell, method)
+    plan, _ = structures.plan_to_size(cell, subject, method)
+    before = torch.cat([target.whole_weight.abs().flatten() for target in loaded.targets])
+    with subject.without(plan):
+        after = torch.cat([target.whole_weight.abs().flatten() for target in loaded.targets])
+    gone = (after == 0) & (before != 0)
+    total = sum(p.numel() for p in loaded.base.model.parameters())
+    assert int((after == 0).sum()) == pytest.approx(0.1 * total, rel=0.01)
+    assert before[gone].max() <= before[~gone & (before != 0)].min()
+
+
+@pytest.mark.parametrize("name", ["heads", "neurons", "mixed"])
+def test_a_pass_of_structures_is_that_of_a_job(loaded: Bench, tasks: Path, name: str) -> None:
+    cell = cell_of(loaded, tasks, "planted")
+    measured = methods.measure(cell, [name], []).by_method[name]
+    method = structures.parse(name)
+    assert method is not None
+    assert method.options is not None
+    subject = structures.subject_with(cell, method)
+    pool = [*cell.rows.gradient, *cell.rows.selection]
+    track = Track(list(range(len(cell.rows.gradient))), list(range(len(cell.rows.gradient), len(pool))))
+    search = make_search(subject, pool, [track], track, method.options, cell.seed)
+    search.run(1, lambda *step, **named: None)
+    assert measured.components == search.plans[search.result_after(1)].size
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("heads/wanda", "heads/groups, heads/magnitude, heads/michel"),
+        ("magnitude", "magnitude@0.9"),
+        ("mixed@0.8", "layers/whole"),
+        ("layer", "no method layer; there are"),
+    ],
+)
+def test_a_method_that_cannot_be_is_told_what_could(name: str, wanted: str) -> None:
+    with pytest.raises(InvalidInput, match=wanted) as caught:
+        methods.parse_methods(f"base,{name}")
+    assert caught.value.param == "methods"

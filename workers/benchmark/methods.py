@@ -16,7 +16,7 @@ from service.errors import InvalidInput
 from service.jobs import Example, Stage
 from service.reports import PassReport
 from service.strategies import C2IOptions, LaserOptions
-from workers.benchmark import fewshot, lora
+from workers.benchmark import fewshot, lora, structures
 from workers.benchmark.cells import OBJECTIVE, Cell
 from workers.benchmark.clock import now
 from workers.benchmark.records import CandidateRow
@@ -53,6 +53,7 @@ class Measured:
     tried: int | None = None
     tried_of: int | None = None
     note: str | None = None
+    left: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +72,13 @@ def parse_methods(text: str) -> list[str]:
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name not in (*SIMPLE, *GRIDS) and not COMPONENTS.fullmatch(name):
+        if name not in (*SIMPLE, *GRIDS) and not COMPONENTS.fullmatch(name) and structures.parse(name) is None:
             known = ", ".join((*SIMPLE, *GRIDS))
-            raise InvalidInput(f"no method {name}; there are {known} and components:1 to components:8", param="methods")
+            removing = ", ".join(structures.VARIANTS)
+            raise InvalidInput(
+                f"no method {name}; there are {known}, components:1 to components:8, and of structures {removing}",
+                param="methods",
+            )
     return list(dict.fromkeys(["base", *names]))
 
 
@@ -101,7 +106,8 @@ def measure(cell: Cell, unit: Sequence[str], gradient: Sequence[Example]) -> Mea
         return Measurement({name: _fewshot(cell, gradient)})
     if name == "lora":
         return Measurement({name: _lora(cell)})
-    return grid_search(cell, name)
+    method = structures.parse(name)
+    return grid_search(cell, name) if method is None else remove_structures(cell, name, method)
 
 
 def passes_of(method: str) -> int:
@@ -179,7 +185,7 @@ def _removal(cell: Cell, subject: Subject, plan: Plan, passes: int) -> Measured:
         outcome = evaluate(subject.model, cell.rows.test, OBJECTIVE, cell.layout)
     test_seconds = now() - started
     parameters = size = 0
-    if plan.size:
+    if plan.size and not plan.structures:  # those are shipped as a model
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "adapter"
             masked = cell.bench.base.masked
@@ -194,6 +200,7 @@ def _removal(cell: Cell, subject: Subject, plan: Plan, passes: int) -> Measured:
         drift=cell.bench.neutral.drift(plan, subject),
         passes=passes,
         components=plan.size,
+        left=structures.left(subject, plan),
     )
 
 
@@ -233,6 +240,24 @@ def grid_search(cell: Cell, strategy: str) -> Measurement:
     note = report.reason
     measured = replace(measured, seconds=seconds, tried=tried, tried_of=max(grid, tried), note=note)
     return Measurement({strategy: measured}, _candidates(cell, strategy, report))
+
+
+def remove_structures(cell: Cell, name: str, method: structures.Method) -> Measurement:
+    """One pass of a strategy of structures, or its first structures down to a size."""
+    subject = structures.subject_with(cell, method)
+    if method.size is not None:
+        plan, seconds = structures.plan_to_size(cell, subject, method)
+        return Measurement({name: replace(_removal(cell, subject, plan, 0), seconds=seconds)})
+    assert method.options is not None  # what has none has a size
+    pool, track = _pool(cell)
+    search = make_search(subject, pool, [track], track, method.options, cell.seed)
+    search.clock.now = now
+    started = now()
+    search.run(1, _silent)
+    seconds = now() - started
+    k = search.result_after(1)
+    measured = replace(_removal(cell, search.subject, search.plans[k], k), seconds=seconds)
+    return Measurement({name: measured}, _candidates(cell, name, search.passes[0]))
 
 
 def _pool(cell: Cell) -> tuple[list[Encoded], Track]:

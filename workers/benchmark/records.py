@@ -36,9 +36,10 @@ class Row(Strict):
     p: float
     """Of the metric against the base on the same rows: McNemar's exact test, two-sided."""
     parameters_touched: int
-    """Numbers that the adapter holds: r (m + n) for each m x n weight that is changed by a matrix of rank r."""
+    """Numbers that the adapter holds: r (m + n) for each m x n weight that is changed by a matrix of rank r. 0 where
+    structures are removed, which are shipped as a model."""
     bytes: int
-    """Of the adapter's files."""
+    """Of the adapter's files, likewise."""
     seconds: float
     """To adapt: without the test, but for few-shot prompting, which has no other cost."""
     fb: float
@@ -49,7 +50,7 @@ class Row(Strict):
     passes: int | None = None
     """Accepted passes; of LoRA the epochs of the chosen state; null where there are none."""
     components: int | None = None
-    """Components removed."""
+    """Components and structures removed."""
     n: int
     """Test rows that the metric is over."""
     gained: int
@@ -67,6 +68,8 @@ class Row(Strict):
     tried_of: int | None = None
     """Candidates judged of how many the strategy has, where it is sampled."""
     note: str | None = None
+    left: float | None = None
+    """Parameters that are not removed with a structure, as a fraction of the base's."""
 
 
 class CandidateRow(Strict):

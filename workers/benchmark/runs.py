@@ -165,6 +165,7 @@ def make_row(cell: Cell, method: str, measured: Measured) -> Row:
         tried=measured.tried,
         tried_of=measured.tried_of,
         note=measured.note,
+        left=measured.left,
     )
 
 

@@ -69,8 +69,10 @@ def metric(row: Row) -> float:
 
 def label(method: str) -> str:
     """A method's name in tables and plots."""
+    if method in LABELS:
+        return LABELS[method]
     name, _, passes = method.partition(":")
-    return LABELS.get(method, f"{name}, {passes} pass" + ("" if passes == "1" else "es"))
+    return f"{name}, {passes} pass" + ("" if passes == "1" else "es") if passes.isdecimal() else method
 
 
 def methods_of(rows: Sequence[Row]) -> list[str]:
