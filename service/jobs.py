@@ -15,6 +15,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, StringConstraints, ValidationError, ValidationInfo, field_validator, model_validator
 
 from service.errors import InvalidInput
+from service.goals import Goal, Target, check_goal, option_defaults
 from service.strategies import OPTIONS, Strategy, StrategyOptions
 from service.strict import Strict
 from service.webhooks.contract import Webhook, WebhookState
@@ -147,12 +148,17 @@ class JobSpec(Body):
     """Your own selection split."""
     test: Examples | None = None
     """Your own test split."""
+    goal: Goal = Goal.IMPROVE
+    """A better model, or a smaller one."""
+    target: Target | None = None
+    """Of `compress`: how far."""
     strategy: Strategy = Strategy.COMPONENTS
     """Which structures may be removed."""
     strategy_options: StrategyOptions | None = None
     """Those of `strategy`; null for its defaults."""
     passes: Annotated[int, Field(strict=True, ge=1, le=8)] = 1
-    """Rounds of backward, ranking and search; the first that gains nothing is the last."""
+    """Rounds of backward, ranking and search; the first that gains nothing is the last. Of `compress`: rounds on the
+    way to the target, each of which gives a model."""
     objective: Objective = Objective.BOTH
     """The loss."""
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0
@@ -174,14 +180,16 @@ class JobSpec(Body):
             return None  # the strategy itself is wrong, and that is told
         if value is None or isinstance(value, OPTIONS[strategy]):
             return value
+        defaults = option_defaults(info.data.get("goal", Goal.IMPROVE), strategy)
         try:
-            return OPTIONS[strategy].model_validate(value)
+            return OPTIONS[strategy].model_validate({**defaults, **value} if isinstance(value, dict) else value)
         except ValidationError as error:
             raise invalid_input(error, "strategy_options") from None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         check_model_id(self.model)
+        check_goal(self.goal, self.target, self.strategy, self.options, self.max_drift)
         check_examples(self)
         return self
 
@@ -200,7 +208,7 @@ class JobSpec(Body):
     @property
     def options(self) -> StrategyOptions:
         """The strategy's options, its defaults where the job gives none."""
-        return self.strategy_options or OPTIONS[self.strategy]()
+        return self.strategy_options or OPTIONS[self.strategy].model_validate(option_defaults(self.goal, self.strategy))
 
     @classmethod
     def parse(cls, data: object) -> Self:
@@ -400,6 +408,7 @@ class Job(Strict):
     id: str
     status: JobStatus
     model: str
+    goal: Goal = Goal.IMPROVE
     strategy: Strategy
     created_at: datetime
     started_at: datetime | None = None

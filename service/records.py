@@ -77,7 +77,8 @@ def decode(fields: dict[bytes, bytes]) -> Record:
 def settings_of(spec: JobSpec) -> str:
     """What a record keeps of a job's settings: the spec itself, with its examples, is in the artifact store."""
     kept = spec.model_dump(
-        mode="json", include={"strategy_options", "passes", "objective", "seed", "max_drift", "prompt_format"}
+        mode="json",
+        include={"goal", "target", "strategy_options", "passes", "objective", "seed", "max_drift", "prompt_format"},
     )
     return json.dumps(kept | {"validation": spec.validation is not None})
 
@@ -90,6 +91,7 @@ def to_job(record: Record, queue_position: int | None = None) -> Job:
             "id": record["id"],
             "status": record["status"],
             "model": record["model"],
+            "goal": json.loads(record.get("settings", "{}")).get("goal", "improve"),
             "strategy": record["strategy"],
             "created_at": record["created_at"],
             "started_at": record.get("started_at"),

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from service.goals import Goal, Target
 from service.jobs import Difference, Drift, JobResult, Objective, PromptFormat, Scores
 from service.strategies import OPTIONS, Strategy, StrategyOptions
 from service.strict import Strict
@@ -184,6 +185,9 @@ class Report(JobResult):
 
     schema_version: Literal[1] = 1
     model: ModelInfo
+    goal: Goal = Goal.IMPROVE
+    target: Target | None = None
+    """Of `compress`: what was asked for."""
     strategy: Strategy
     strategy_options: StrategyOptions | None = None
     """As they were in force, defaults filled in."""

@@ -293,6 +293,12 @@ def test_settings_go_through_and_are_shown(api: OpenAI, shared_api: Api) -> None
     assert shown["compress_to_impress"]["objective"] == "completion"
 
 
+def test_a_model_is_compressed_by_the_same_settings(api: OpenAI, shared_api: Api) -> None:
+    job = create(api, method=ours(goal="compress", target="bytes=0.5", strategy="layers", passes=2))
+    spec = shared_api.service.store.get_input(job.id)
+    assert (spec.goal, str(spec.target), spec.strategy, spec.passes) == ("compress", "bytes=0.5", "layers", 2)
+
+
 @pytest.mark.parametrize(
     ("asked", "passes", "told"),
     [
@@ -384,6 +390,7 @@ def test_a_file_that_is_too_large_is_refused(api: OpenAI) -> None:
         ({"method": {"type": "supervised", "compress_to_impress": {}}}, "method"),
         ({"method": ours(passes=9)}, "method.compress_to_impress.passes"),
         ({"method": ours(strategy="laser", strategy_options={"order": 1})}, "method.compress_to_impress.strategy_opt"),
+        ({"method": ours(goal="compress", target="bytes=0.5")}, "method.compress_to_impress.strategy"),
         ({"method": ours(epochs=9)}, "method.compress_to_impress.epochs"),
         ({"method": ours(), "hyperparameters": {"n_epochs": 2}}, None),
         ({"extra_body": {"examples": []}}, "examples"),

@@ -38,6 +38,7 @@ def refused(response: httpx.Response, status: int, code: str, param: str | None)
 
 SAME = {"prompt": "Item 0: answer", "completion": " no", "choices": [" yes", " no", " red"]}
 
+COMPRESS = {"goal": "compress", "strategy": "layers", "target": {"parameters": 0.8}}
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
@@ -98,6 +99,42 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("an unknown sign", {"strategy": "c2i", "strategy_options": {"sign": "+"}}, "strategy_options.sign"),
     ("an empty sample", {"strategy": "laser", "strategy_options": {"sample": 0}}, "strategy_options.sample"),
+    ("an unknown goal", {"goal": "shrink"}, "goal"),
+    ("a target of no goal", {"target": {"parameters": 0.8}}, "target"),
+    ("no target of compress", {"goal": "compress", "strategy": "layers"}, "target"),
+    ("a target of everything", COMPRESS | {"target": {"parameters": 1.0}}, "target.parameters"),
+    ("two targets", COMPRESS | {"target": {"parameters": 0.8, "bytes": 0.8}}, "target"),
+    ("no target in it", COMPRESS | {"target": {}}, "target"),
+    ("an unknown target", COMPRESS | {"target": {"layers": 0.8}}, "target.layers"),
+    ("a target in strange words", COMPRESS | {"target": "80 %"}, "target"),
+    ("a target in words that is all", COMPRESS | {"target": "bytes=1.5"}, "target.bytes"),
+    ("compress by components", COMPRESS | {"strategy": "components"}, "strategy"),
+    ("compress by laser", COMPRESS | {"strategy": "laser"}, "strategy"),
+    ("compress by c2i", COMPRESS | {"strategy": "c2i"}, "strategy"),
+    ("compress by nothing that it names", {"goal": "compress"}, "strategy"),
+    ("compress within a drift", COMPRESS | {"max_drift": 0.5}, "max_drift"),
+    ("compress by sub-layers", COMPRESS | {"strategy_options": {"parts": "both"}}, "strategy_options.parts"),
+    (
+        "compress by another score",
+        COMPRESS | {"strategy_options": {"score": "block_influence"}},
+        "strategy_options.score",
+    ),
+    (
+        "compress by single heads",
+        COMPRESS | {"strategy": "heads", "strategy_options": {"groups": False}},
+        "strategy_options.groups",
+    ),
+    (
+        "compress by a mix with heads",
+        COMPRESS | {"strategy": "mixed", "strategy_options": {"kinds": ["layers", "heads"]}},
+        "strategy_options.kinds",
+    ),
+    (
+        "compress by 2:4",
+        COMPRESS | {"strategy": "blocks", "strategy_options": {"pattern": "2:4"}},
+        "strategy_options.pattern",
+    ),
+    ("fewer bytes by tiles", COMPRESS | {"strategy": "blocks", "target": {"bytes": 0.8}}, "target"),
     ("an unknown objective", {"objective": "magic"}, "objective"),
     ("an unknown prompt format", {"prompt_format": "magic"}, "prompt_format"),
     ("no passes", {"passes": 0}, "passes"),

@@ -14,6 +14,7 @@ import torch
 
 from service import decomposed, report_page
 from service.errors import InvalidInput, UnusableModel
+from service.goals import Goal
 from service.jobs import Example, JobSpec, PromptFormat, Stage
 from service.masks import check_masks
 from service.models import Model, check_unchanged
@@ -61,6 +62,8 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
         C2IError: for what its user can act on.
     """
     check_masks(model, spec)
+    if spec.goal is Goal.COMPRESS:
+        raise InvalidInput("not offered by this worker", param="goal")
     progress = Progress(spec.passes, on_progress)
     with progress.stage(Stage.LOADING, "loading the model"):
         base = load(model.folder)

@@ -68,8 +68,14 @@ def adapt(
     ],
     model: Annotated[str, typer.Option(help="ID of an installed model; `c2i models` lists them.")],
     out: Annotated[Path, typer.Option(help="A new folder for adapter/, model/ and report.json.")],
+    goal: Annotated[str, typer.Option(help="improve, or compress for a smaller model.")] = "improve",
+    target: Annotated[
+        str | None, typer.Option(help="Of compress: parameters=0.8, or bytes, or decode_latency, of the base's.")
+    ] = None,
     passes: Annotated[int, typer.Option(help="Rounds of backward, ranking and search, 1 to 8.")] = 1,
-    strategy: Annotated[str, typer.Option(help="components, laser or c2i.")] = "components",
+    strategy: Annotated[
+        str, typer.Option(help="components, heads, neurons, layers, blocks, mixed, laser or c2i.")
+    ] = "components",
     strategy_options: Annotated[str | None, typer.Option(help="Its options as JSON: '{\"matrices\": 3}'.")] = None,
     objective: Annotated[str, typer.Option(help="both, choice or completion.")] = "both",
     prompt_format: Annotated[str, typer.Option(help="text, or chat for the tokenizer's template.")] = "text",
@@ -94,6 +100,8 @@ def adapt(
     settings = Settings.load(data=data)
     fields = {
         "model": model,
+        "goal": goal,
+        "target": target,
         "passes": passes,
         "strategy": strategy,
         "strategy_options": read_options(strategy_options),

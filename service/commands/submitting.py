@@ -14,6 +14,7 @@ from service.client import Client
 from service.commands.following import end, follow, suggest
 from service.commands.options import DEFAULT_URL, AsJson, ModelOption, Url, connect, console
 from service.errors import InvalidInput
+from service.goals import Goal
 from service.jobs import Objective, PromptFormat
 from service.strategies import Strategy, read_options
 from service.terminal import clock
@@ -26,6 +27,10 @@ def submit(
     ],
     *,
     model: ModelOption,
+    goal: Annotated[Goal, typer.Option(help="A better model, or a smaller one.")] = Goal.IMPROVE,
+    target: Annotated[
+        str | None, typer.Option(help="Of compress: parameters=0.8, or bytes, or decode_latency, of the base's.")
+    ] = None,
     passes: Annotated[int, typer.Option(help="Rounds of backward, ranking and search, 1 to 8.")] = 1,
     strategy: Annotated[Strategy, typer.Option(help="Which structures may be removed.")] = Strategy.COMPONENTS,
     strategy_options: Annotated[str | None, typer.Option(help="Its options as JSON: '{\"matrices\": 3}'.")] = None,
@@ -56,6 +61,8 @@ def submit(
     files = {name: example_files.read(path) for name, path in paths.items() if path is not None}
     spec: dict[str, object] = {
         "model": model,
+        "goal": goal.value,
+        "target": target,
         "passes": passes,
         "strategy": strategy.value,
         "strategy_options": read_options(strategy_options),

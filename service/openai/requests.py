@@ -13,7 +13,7 @@ from service.jobs import Body, JobSpec, MetadataKey, MetadataValue, PromptFormat
 from service.openai.examples import TrainingFile
 from service.strict import Strict
 
-SETTINGS = ("strategy", "strategy_options", "passes", "objective", "prompt_format", "max_drift")
+SETTINGS = ("goal", "target", "strategy", "strategy_options", "passes", "objective", "prompt_format", "max_drift")
 WITHIN = "method.compress_to_impress"
 MAX_PASSES = 8
 
@@ -37,8 +37,8 @@ class Supervised(Strict):
 
 
 class Method(Strict):
-    """How to adapt. `compress_to_impress` holds `strategy`, `strategy_options`, `passes`, `objective`, `prompt_format`
-    and `max_drift` as `POST /v1/jobs` has them."""
+    """How to adapt. `compress_to_impress` holds `goal`, `target`, `strategy`, `strategy_options`, `passes`,
+    `objective`, `prompt_format` and `max_drift` as `POST /v1/jobs` has them."""
 
     type: Literal["compress_to_impress", "supervised"]
     compress_to_impress: dict[str, Any] | None = None
