@@ -144,6 +144,30 @@ class Verification(Strict):
     model: float
 
 
+class Speed(Strict):
+    """What a checkpoint takes and how fast it is on the worker's machine: the best of several prompts of 256
+    tokens and of the tokens decoded after them. Base and results take turns."""
+
+    bytes: int
+    """Of its weights' files."""
+    peak_memory_bytes: int
+    """The most that a process which only loads and runs it took, Python and torch with it; on a GPU the most that was
+    allocated there."""
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float | None
+    """Null for a masked language model, which decodes nothing."""
+    joules_per_token: float | None
+    """Of a decoded token, all that the processor or GPU used meanwhile; null where the machine does not tell."""
+
+
+class Speeds(Strict):
+    """What is shipped beside the base."""
+
+    base: Speed
+    model: Speed
+    quantized: Speed | None = None
+
+
 class Cost(Strict):
     """Time and memory. FB is one forward and backward over the gradient split, measured in this run."""
 
@@ -226,6 +250,8 @@ class Report(JobResult):
     """Mean loss of the returned model, minus what it would be without rounding the pruned weights to the model's 16
     bits, over up to 100 examples of the test split (of all examples, where there is none). Null for a model in
     float32 or float64."""
+    speed: Speeds | None = None
+    """Measured only where what is shipped is smaller or quantized; else it is as the base is."""
     cost: Cost
     versions: dict[str, str]
 

@@ -24,7 +24,7 @@ logger = logs.named(__name__)
 
 # Processes and files are counted no more often.
 COUNT_SECONDS = 1.0
-# An adaptation starts none.
+# An adaptation starts one for each checkpoint whose speed it measures.
 MAX_PROCESSES = 64
 # What does not end within this is in the kernel's hands: a disk that hangs.
 END_SECONDS = 5.0
