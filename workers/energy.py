@@ -41,9 +41,9 @@ class Meter:
             return None
         used = 0.0
         for k, (earlier, later) in enumerate(zip(before, now, strict=True)):
-            if later < earlier:  # the counter began again at 0
-                later += int((self._packages[k] / "max_energy_range_uj").read_text()) / 1e6
             used += later - earlier
+            if later < earlier:  # the counter began again at 0
+                used += int((self._packages[k] / "max_energy_range_uj").read_text()) / 1e6
         return used
 
 
