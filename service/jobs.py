@@ -367,7 +367,7 @@ class Removed(Strict):
     structures: int = 0
     """Heads, neurons, sub-layers, layers and tiles."""
     parameters: int = 0
-    """Those of the structures."""
+    """Those of the structures that are of no use any more, each counted once."""
 
     def of(self, components: int) -> str:
         """`12 of 97,920 components and 3 structures (12,288 parameters)`."""

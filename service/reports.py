@@ -127,7 +127,30 @@ class RemovedStructures(Strict):
     count: int
     """How many there are."""
     parameters: int
-    """Those that are of no use any more. `model/` holds zeros for as many of them as it takes to be exact."""
+    """Those that are of no use any more: cut off `model/`, or zeros in it; `shipped` says which."""
+
+
+class Zeros(Strict):
+    """Structures that are removed and stand as zeros in `model/`."""
+
+    what: str
+    """By kind and place: `the MLP of layers 3 and 7`."""
+    why: str
+    """Why transformers would load nothing smaller."""
+
+
+class Shipped(Strict):
+    """What `model/` is beside the base: `model/manifest.json` holds the same."""
+
+    parameters: int
+    """Numbers that the model has which is loaded from it."""
+    bytes: int
+    """Of its weights' files."""
+    layers: list[int] | None
+    """The base's blocks that are in it, by their index there; null for all of them."""
+    gone: list[str]
+    """What is really gone, in words: `layers 3 and 7`."""
+    zeros: list[Zeros]
 
 
 class SkippedModule(Strict):
@@ -245,6 +268,8 @@ class Report(JobResult):
     modules: list[TargetModule]
     """Every one that could be touched, in the model's order."""
     skipped_modules: list[SkippedModule]
+    shipped: Shipped | None = None
+    """Null in reports of before there was such."""
     verification: Verification
     rounding_loss: float | None
     """Mean loss of the returned model, minus what it would be without rounding the pruned weights to the model's 16
@@ -260,6 +285,22 @@ class Report(JobResult):
     def _of_the_strategy(cls, value: object, info: ValidationInfo) -> object:
         """Options of different strategies may look alike."""
         return OPTIONS[info.data["strategy"]].model_validate(value) if isinstance(value, dict) else value
+
+    def shipped_words(self) -> list[str]:
+        """What `model/` is, a sentence each: what is really gone from it, and what stands as zeros. None where it is
+        as large as the base and holds no zeros."""
+        if self.shipped is None:
+            return []
+        words = []
+        if self.shipped.gone:
+            part = self.shipped.parameters / self.model.parameters
+            words.append(
+                f"model/ has {self.shipped.parameters:,} parameters, {part:.1%} of the base's: "
+                f"without {', '.join(self.shipped.gone)}."
+            )
+        if self.shipped.zeros:
+            words.append(f"As zeros stand {'; '.join(f'{each.what} ({each.why})' for each in self.shipped.zeros)}.")
+        return words
 
     def brief(self) -> JobResult:
         """What the job's record holds of it."""

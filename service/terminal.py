@@ -185,6 +185,7 @@ def _summary(report: Report) -> str:
             f"{report.drift}.",
             f"Removed {report.removed.of(report.model.components)}, in "
             f"{report.removed.modules:,} of {report.model.target_modules:,} modules of {report.model.id}.",
+            *report.shipped_words(),
             f"Adaptation {cost.adaptation_fb:.1f} FB of {cost.fb_seconds:.1f} s; all "
             f"{clock(sum(cost.stages.values()))}; peak memory {cost.peak_memory_bytes / 2**30:.1f} GiB; adapter "
             f"{cost.adapter_bytes / 1e6:.1f} MB.",

@@ -166,7 +166,7 @@ def test_only_the_planned_weights_differ_from_the_bases_files(
     assert {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= others
     for name in others:
         assert (tmp_path / "model" / name).read_bytes() == (base / name).read_bytes()
-    assert {path.name for path in (tmp_path / "model").iterdir()} == {*others, "model.safetensors"}
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {*others, "model.safetensors", "manifest.json"}
 
 
 def test_the_adapter_has_scaling_one_in_every_module_and_the_plans_ranks(

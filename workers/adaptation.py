@@ -110,7 +110,7 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
 
     with progress.stage(Stage.PUBLISHING, "writing the adapter and the model"):
         write_adapter(out / "adapter", spec.model, subject.targets, subject.spectra, plan, units, masked=base.masked)
-        write_model(out / "model", base, subject.targets, subject.spectra, plan, units)
+        shipped = write_model(out / "model", base, subject.targets, subject.spectra, plan, units)
         check_unchanged(model)
         verification = _verify(out, base, subject, plan, (splits.test or splits.pool)[:CHECKED_EXAMPLES])
 
@@ -130,6 +130,7 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
             neutral.tokens,
             verdict,
             plan,
+            shipped,
             verification,
             rounding_loss,
             [*skipped, *without, *unreached],

@@ -1,4 +1,6 @@
-"""`c2i apply`: an adapter's removal, done to the base model's own files: what a job writes as `model/`.
+"""`c2i apply`: an adapter's removal, done to the base model's own files: what a job writes as `model/`, but for what a
+job cuts off there. Layers, heads and neurons that are gone stand as zeros here: an adapter does not tell them from
+other changes.
 
 Neither model is built: a weight W becomes `W + B A`, computed in float32 or wider and rounded once, everything else is
 copied byte for byte. In 32 and 64 bits that is the job's own `model/`, to the bit on the machine that made it. In 16
@@ -32,7 +34,7 @@ from service.errors import InvalidInput
 from service.jobs import MODEL_ID
 from service.settings import Settings
 from service.weights import weight_files
-from workers.checkpoints import copy_files, write_shard
+from workers.shards import copy_files, write_shard
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, A_SUFFIX, B_SUFFIX = "base_model.model.", ".lora_A.weight", ".lora_B.weight"

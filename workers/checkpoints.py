@@ -2,7 +2,7 @@
 
 The adapter is a PEFT LoRA that subtracts the
 removed components, exactly; the merged model has the base's files, tensor for tensor and byte for byte, with only
-the pruned weights changed.
+the pruned weights changed, and what can be cut off (`workers.shrinking`) left out.
 """
 
 from __future__ import annotations
@@ -10,32 +10,36 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from service.errors import InternalError, UnusableModel
+from service.reports import Shipped
 from service.weights import weight_files
 from workers.adapters import Update, updates
 from workers.evaluation import answer_logits
 from workers.examples import Batch
 from workers.loading import Checkpoint, load_model
+from workers.memory import is_out_of_memory
 from workers.pruning import applied, cleared, zeroed
 from workers.ranking import Plan
+from workers.shards import MANIFEST, Edit, copy_files, layer_names, save, tensor_owners, write_index, write_shard
+from workers.shrinking import Anatomy, Smaller, as_zeros, examine, layer_of, parameters_of_smaller, shrink
 from workers.spectrum import Spectrum
 from workers.structures import Unit
 from workers.targets import Target
 
-# What a tokenizer or a configuration is made of, and the licence; weights are written, everything else is left behind.
-COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 # Largest logit difference between an artifact read back and the model in memory. In 16 bits the adapter keeps the
 # removed part at full precision beside the weight and the merged weight rounds it: that rounding is allowed for.
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
 TOLERANCE_16_BIT = 0.5
+# Of each of two rows that a smaller model is compared on.
+CHECKED_TOKENS = 32
 
 
 def write_adapter(
@@ -86,7 +90,7 @@ def write_adapter(
     config.target_modules = sorted(ranks)
     folder.mkdir(parents=True)
     config.save_pretrained(str(folder))
-    _save(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    save(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
 def write_model(
@@ -96,75 +100,104 @@ def write_model(
     spectra: Mapping[str, Spectrum],
     plan: Plan,
     units: Sequence[Unit] = (),
-) -> None:
-    """Write the base's own files with the pruned weights in them: same shards, names, order, dtype and metadata."""
-    changed = _changed(base, targets, plan, units)
-    folder.mkdir(parents=True)
-    copy_files(base.folder, folder)
-    owners = _tensor_owners(base, changed)  # by their content: before the plan is applied
-    with applied(targets, spectra, plan, units):
-        for shard in weight_files(base.folder):
-            mine = {key: changed[name].detach() for name, (file, key) in owners.items() if file == shard.name}
-            write_shard(shard, folder, mine)
+) -> Shipped:
+    """Write the base's own files with the pruned weights in them, smaller where a plan takes what can be cut off.
 
-
-def _changed(base: Checkpoint, targets: Sequence[Target], plan: Plan, units: Sequence[Unit]) -> dict[str, nn.Parameter]:
-    """The weights and biases that the plan changes, by their names in the model."""
-    changed = [target.module.get_parameter("weight") for target in targets if plan.components.get(target.name)]
-    changed += [parameter for unit, _, target in cleared(plan, units) for parameter in zeroed(unit, target)]
-    wanted = {id(parameter) for parameter in changed}
-    return {name: parameter for name, parameter in base.model.named_parameters() if id(parameter) in wanted}
-
-
-def copy_files(base: Path, folder: Path) -> None:
-    """Everything of a base model's folder but its weights, and but what a model is not made of."""
-    for path in sorted(base.iterdir()):
-        copied = path.suffix in COPIED_SUFFIXES or path.name.startswith("LICENSE")
-        if copied and path.is_file():
-            shutil.copyfile(path, folder / path.name)
-
-
-def write_shard(shard: Path, folder: Path, changed: Mapping[str, Tensor]) -> None:
-    """A file of a base model's weights with some of its tensors changed, in the dtype in which it has them."""
-    if not changed:
-        shutil.copyfile(shard, folder / shard.name)
-        return
-    with safe_open(shard, framework="pt") as opened:
-        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
-        metadata = opened.metadata()
-    for key, new in changed.items():
-        tensors[key] = new.to("cpu", tensors[key].dtype, copy=True).contiguous()
-    _save(tensors, folder / shard.name, metadata)
-
-
-def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
-    save_file(tensors, path, metadata=metadata)
-    path.chmod(0o644)  # safetensors gives what it writes to its owner alone
-
-
-def _tensor_owners(base: Checkpoint, changed: Mapping[str, nn.Parameter]) -> dict[str, tuple[str, str]]:
-    """For each changed parameter the shard and its key in the base's checkpoint.
-
-    A checkpoint may leave out the model's prefix or have one more; the content decides, not the name.
-
-    Raises:
-        UnusableModel: if the checkpoint stores a weight in another form, fused with others say.
+    A smaller model is loaded and compared with the one in memory; one that does not load, or is another, is written
+    once more with zeros in it instead. `manifest.json` is written last and says what was written.
     """
-    prefix = getattr(base.model, "base_model_prefix", "")
-    found: dict[str, tuple[str, str]] = {}
-    for shard in weight_files(base.folder):
-        with safe_open(shard, framework="pt") as opened:
-            keys = set(opened.keys())
-            for name, parameter in changed.items():
-                for key in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
-                    if name not in found and key in keys:
-                        stored, own = opened.get_tensor(key), parameter.detach().cpu()
-                        if stored.shape == own.shape and torch.equal(stored.to(own.dtype), own):
-                            found[name] = (shard.name, key)
-    missing = sorted(set(changed) - set(found))
-    if missing:
-        raise UnusableModel(f"the checkpoint stores {missing[0]} in a form that cannot be written back", param="model")
-    return found
+    anatomy = examine(base)
+    smaller = shrink(anatomy, plan, units)
+    pruned = Pruned(base, targets, spectra, plan, units)
+    why = _written_smaller(folder, pruned, anatomy, smaller) if smaller.config else None
+    if why is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        smaller = as_zeros(anatomy, plan, units, why)
+    if smaller.config is None:
+        _write(folder, pruned, anatomy, smaller)
+    shipped = Shipped(
+        parameters=parameters_of_smaller(anatomy, smaller),
+        bytes=sum(file.stat().st_size for file in weight_files(folder)),
+        layers=list(smaller.cut.layers) if len(smaller.cut.layers) < anatomy.layers else None,
+        gone=smaller.gone,
+        zeros=smaller.zeros,
+    )
+    (folder / MANIFEST).write_text(shipped.model_dump_json(indent=2) + "\n")
+    return shipped
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """A base model and what a plan takes from it."""
+
+    base: Checkpoint
+    targets: Sequence[Target]
+    spectra: Mapping[str, Spectrum]
+    plan: Plan
+    units: Sequence[Unit]
+
+    def applied(self) -> AbstractContextManager[None]:
+        """The base with the plan applied, in memory."""
+        return applied(self.targets, self.spectra, self.plan, self.units)
+
+    def changed(self) -> set[str]:
+        """The weights and biases that the plan changes, by their names in the model."""
+        changed = [t.module.get_parameter("weight") for t in self.targets if self.plan.components.get(t.name)]
+        changed += [p for unit, _, target in cleared(self.plan, self.units) for p in zeroed(unit, target)]
+        wanted = {id(parameter) for parameter in changed}
+        return {name for name, parameter in self.base.model.named_parameters() if id(parameter) in wanted}
+
+
+def _written_smaller(folder: Path, pruned: Pruned, anatomy: Anatomy, smaller: Smaller) -> str | None:
+    """Why what was written is not the pruned model; None where it is."""
+    try:
+        _write(folder, pruned, anatomy, smaller)
+        difference = _distance(folder, pruned)
+    except (UnusableModel, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        return f"what is smaller does not load: {error}"
+    if not difference <= limit_of(pruned.base.dtype):
+        return f"what is smaller predicts otherwise: logits differ by {difference:.2g}"
+    return None
+
+
+def _write(folder: Path, pruned: Pruned, anatomy: Anatomy, smaller: Smaller) -> None:
+    base, model = pruned.base.folder, pruned.base.model
+    folder.mkdir(parents=True)
+    copy_files(base, folder)
+    changed, dropped = pruned.changed(), set(range(anatomy.layers)) - set(smaller.cut.layers)
+    touched = {name for name in {*changed, *smaller.slices} if layer_of(name, anatomy.prefix) not in dropped}
+    parameters = {name: p for name, p in model.named_parameters() if name in touched}
+    owners = tensor_owners(base, model, parameters)  # by their content: before the plan is applied
+    edit = Edit(
+        {owners[name][1]: own for name, own in smaller.slices.items()},
+        layer_names(base, model, anatomy.prefix, anatomy.layers, smaller.cut.layers) if dropped else {},
+    )
+    written: dict[str, dict[str, int]] = {}
+    with pruned.applied():
+        for shard in weight_files(base):
+            mine = {
+                key: parameters[name].detach()
+                for name, (file, key) in owners.items()
+                if file == shard.name and name in changed
+            }
+            written[shard.name] = write_shard(shard, folder, mine, edit)
+    if smaller.config is not None:
+        (folder / "config.json").write_text(smaller.config)
+        write_index(folder, written, parameters_of_smaller(anatomy, smaller))
+
+
+@torch.no_grad()
+def _distance(folder: Path, pruned: Pruned) -> float:
+    """The largest difference of logits between a written model and the one in memory, on tokens drawn by chance."""
+    device = next(pruned.base.model.parameters()).device
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(pruned.base.vocabulary, (2, CHECKED_TOKENS), generator=draw).to(device)
+    with pruned.applied():
+        expected = pruned.base.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+    found = load_model(folder)(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+    return _difference(found, expected)
 
 
 @torch.no_grad()
@@ -192,13 +225,18 @@ def reload_check(folder: Path, base: Checkpoint, batch: Batch, expected: Tensor)
     del with_adapter
     merged_model = load_model(folder / "model")
     merged = _difference(answer_logits(merged_model, batch), expected)
-    limit = TOLERANCE.get(base.dtype, TOLERANCE_16_BIT)
+    limit = limit_of(base.dtype)
     if not (adapter <= limit and merged <= limit):
         raise InternalError(
             f"the artifacts read back differ from the adapted model: adapter {adapter:.2g}, model {merged:.2g}, "
             f"at most {limit:g} is allowed; nothing was published"
         )
     return adapter, merged
+
+
+def limit_of(dtype: torch.dtype) -> float:
+    """The largest difference of logits that is rounding, for a model in this dtype."""
+    return TOLERANCE.get(dtype, TOLERANCE_16_BIT)
 
 
 def _difference(logits: Tensor, expected: Tensor) -> float:

@@ -97,11 +97,10 @@ def load_model(folder: Path) -> nn.Module:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # it warns of what is refused below, with the folder's path
     masked = is_masked(read_config(folder))
-    auto_model: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     tensors = read_weights(folder).tensors
     with _explained(f"this model as a {'masked' if masked else 'causal'} language model"):
-        _check_claims(folder, auto_model, tensors)
-        model, info = auto_model.from_pretrained(
+        _check_claims(folder, tensors)
+        model, info = _auto_model(folder).from_pretrained(
             folder,
             dtype="auto",
             use_safetensors=True,
@@ -116,11 +115,22 @@ def load_model(folder: Path) -> nn.Module:
     return module
 
 
-def _check_claims(folder: Path, auto_model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse a config that makes a much larger model than the weights are."""
+def skeleton(folder: Path) -> nn.Module:
+    """The architecture that a folder's config.json makes, on torch's meta device: its weights take no memory."""
+    auto_model = _auto_model(folder)
     config = AutoConfig.from_pretrained(folder, **FOLDER_ONLY)
     with torch.device("meta"):
         model: nn.Module = auto_model.from_config(config, trust_remote_code=False)
+    return model
+
+
+def _auto_model(folder: Path) -> Any:
+    return AutoModelForMaskedLM if is_masked(read_config(folder)) else AutoModelForCausalLM
+
+
+def _check_claims(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a config that makes a much larger model than the weights are."""
+    model = skeleton(folder)
     claimed = sum(parameter.numel() for parameter in model.parameters())
     held = sum(prod(tensor.shape) for tensor in tensors.values())
     if claimed > MORE_WEIGHTS * held + FEW_WEIGHTS:

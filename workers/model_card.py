@@ -193,6 +193,11 @@ def _plan(report: Report) -> str:
     return f"## What was removed\n\n{table}\n\nThe report lists every one.\n\n"
 
 
+def _shipped(report: Report) -> str:
+    """What of it the model's files show."""
+    return "".join(f"\n{words}\n" for words in report.shipped_words())
+
+
 def _side_effects(report: Report) -> str:
     if not report.improved:
         return "None: it is the base model."
@@ -271,7 +276,9 @@ def _use_model(report: Report, *, masked: bool) -> str:
     served = "" if masked else "\nWith vLLM (not tested by the job):\n\n```sh\nvllm serve ./model\n```\n"
     return f"""## Use
 
-These are the base model's files with the pruned weights in them. With transformers:
+These are the base model's files with the pruned weights in them.
+{_shipped(report)}
+With transformers:
 
 ```python
 from transformers import {auto}, AutoTokenizer

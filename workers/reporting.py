@@ -20,16 +20,19 @@ from service.reports import (
     PlanEntry,
     RemovedStructures,
     Report,
+    Shipped,
     SkippedModule,
     TargetModule,
     Verification,
 )
+from workers.branches import Branch, find_branches
+from workers.cuts import useless
 from workers.evaluation import Outcome, changes, differences, metrics
 from workers.pruning import cleared
 from workers.ranking import Plan
 from workers.search import Search, Subject
 from workers.splits import Splits
-from workers.targets import Target
+from workers.targets import Target, find_targets
 from workers.verdict import Verdict
 
 PACKAGES = ("compress-to-impress", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "scipy")
@@ -60,6 +63,7 @@ class Findings:
     verdict: Verdict
     plan: Plan
     """What is returned: empty if that is the base."""
+    shipped: Shipped
     verification: Verification
     rounding_loss: float | None
     skipped: list[SkippedModule]
@@ -78,13 +82,14 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
     entries = _plan_entries(found.subject, found.plan)
     gained, lost = changes(base.right, returned.outcome.right)
     structures = _removed_structures(found.subject, found.plan)
+    branches, _ = find_branches(found.subject.model, find_targets(found.subject.model)[0])
     modules = _target_modules(found.targets)
     parameters = sum(p.numel() for p in found.subject.model.parameters())
     return Report(
         improved=found.verdict.improved,
         verdict=found.verdict.sentence,
         difference=found.verdict.difference,
-        removed=_removed(found.subject, found.plan, structures),
+        removed=_removed(found.subject, found.plan, structures, branches),
         drift=_drift(returned, found),
         model=ModelInfo(
             id=model.id,
@@ -118,6 +123,7 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
         structures=structures,
         modules=modules,
         skipped_modules=found.skipped,
+        shipped=found.shipped,
         verification=found.verification,
         rounding_loss=found.rounding_loss,
         cost=cost,
@@ -163,14 +169,16 @@ def _target_modules(targets: Sequence[Target]) -> list[TargetModule]:
     ]
 
 
-def _removed(subject: Subject, plan: Plan, structures: Sequence[RemovedStructures]) -> Removed:
+def _removed(
+    subject: Subject, plan: Plan, structures: Sequence[RemovedStructures], branches: Sequence[Branch]
+) -> Removed:
     modules = {target.module_name for target in subject.targets if plan.components.get(target.name)}
     modules |= {target.module_name for _, _, target in cleared(plan, subject.units)}
     return Removed(
         components=sum(map(len, plan.components.values())),
         modules=len(modules),
         structures=sum(len(entry.indices) for entry in structures),
-        parameters=sum(entry.parameters for entry in structures),
+        parameters=useless(plan, subject.units, branches),
     )
 
 

@@ -209,7 +209,7 @@ def find_units(
         prefix, blocks = decoder_blocks(model)
         for layer, block in enumerate(blocks):
             own = tuple(branch for branch in branches if branch.layer == layer)
-            if _covered(block, own):
+            if covered(block, own):
                 sizes = torch.tensor([sum(branch.parameters for branch in own)])
                 units.append(Whole(f"{prefix}.{layer}:all", Kind.LAYERS, layer, sizes, own))
             else:
@@ -281,7 +281,7 @@ def _of_branch(branch: Branch, kind: Kind) -> Iterator[Unit]:
     yield Columns(f"{branch.place}:{kind}", kind, branch.layer, sizes, branch, branch.width * branch.group)
 
 
-def _covered(block: nn.Module, branches: Sequence[Branch]) -> bool:
+def covered(block: nn.Module, branches: Sequence[Branch]) -> bool:
     """Whether these are an attention and an MLP at least, and hold every matrix of the block."""
     known = {id(target.module) for branch in branches for target in (*branch.inputs, branch.output)}
     matrices = {id(m) for m in block.modules() if any(p.ndim >= 2 for p in m.parameters(recurse=False))}

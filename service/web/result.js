@@ -123,9 +123,23 @@ function structures(report) {
   );
   return section(
     "Structures that were removed",
-    sentence("Heads, neurons, layers or blocks of weights, as wholes. The downloaded model holds zeros in their place.", "note"),
+    sentence("Heads, neurons, layers or blocks of weights, as wholes.", "note"),
+    ...shippedWords(report).map((words) => sentence(words)),
     rows.length > 12 ? fold("All of them", shown) : shown,
   );
+}
+
+/** What the downloaded model is: what is really gone from it, and what stands as zeros. */
+function shippedWords({ model, shipped }) {
+  const words = [];
+  if (shipped?.gone.length) {
+    words.push(
+      `The downloaded model has ${plural(shipped.parameters, "parameter")}, ` +
+      `${number((100 * shipped.parameters) / model.parameters, 1)} % of the base's: without ${shipped.gone.join(", ")}.`,
+    );
+  }
+  for (const { what, why } of shipped?.zeros ?? []) words.push(`As zeros stand ${what}: ${why}.`);
+  return words;
 }
 
 function removed(report) {
