@@ -19,11 +19,12 @@ from tests.test_pruning import same_bits
 from workers.evaluation import Outcome, evaluate
 from workers.examples import Encoded, Layout
 from workers.gradients import effects
-from workers.proposals import Components
+from workers.proposals import Components, Proposal
 from workers.pruning import applied
 from workers.ranking import Plan, rank
 from workers.search import Search, Subject, Track
 from workers.splits import divide
+from workers.trials import Trial
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -252,6 +253,55 @@ def test_a_component_in_doubt_is_tried_by_itself_and_in_no_list() -> None:
     believed = Components().propose([ranking], [Plan()], loss=5.0)
     assert not believed.singles
     assert [p.addition(0) for p in believed.lists[0].candidates] == [Plan({"m": (0, 1, 2)})]
+
+
+def test_the_few_examples_have_every_label_s_share_and_both_ends_of_the_loss(planted: Planted) -> None:
+    # Sorted by label, as files often are, so that every fifth example of the file may be of one label.
+    examples = sorted(planted.examples[:100], key=lambda example: example.completion)
+    pool = encoded(planted.folder, [*planted.examples[:8], *examples])
+    track = Track(list(range(8)), list(range(8, 108)))
+    found = Search(subject(planted.folder), pool, [track], track)
+    loss = np.random.default_rng(1).permutation(100.0 + np.arange(100))
+    few = found._few(Outcome(loss, loss, loss, loss))
+    assert len(few) == 20
+    labels = [pool[row].labels[pool[row].gold] for row in range(8, 108)]
+    for label in set(labels):
+        mine = [row for row in few if labels[row - 8] == label]
+        assert abs(len(mine) - labels.count(label) / 5) <= 1
+        own = sorted(loss[k] for k in range(100) if labels[k] == label)
+        third = len(own) // 3
+        assert min(loss[row - 8] for row in mine) < own[third]
+        assert max(loss[row - 8] for row in mine) > own[-third]
+
+
+def test_what_fails_on_all_examples_is_followed_by_what_is_half_as_large(planted: Planted) -> None:
+    # On the few the planted component spoils the answer; on the others it is the answer.
+    wrong = [example.model_copy(update={"completion": SPOILER}) for example in planted.examples[72:]]
+    pool = encoded(planted.folder, [*planted.examples[:72], *wrong])
+    track = Track(list(range(60)), list(range(60, 120)))
+    found = Search(subject(planted.folder), pool, [track], track)
+    current = found._judge([Plan()], found.judged)
+    few, rest = list(range(60, 72)), list(range(72, 120))
+
+    def trial(size: int) -> Trial:
+        plan = Plan({planted.module: tuple(range(size))})
+        proposal = Proposal(f"{size} components", size, None, lambda track: plan)
+        return Trial(proposal, [plan], found._judge([plan], few), 0.0)
+
+    trials = [trial(size) for size in (1, 2, 3, 4, 6, 8, 12)]
+    first, second, *others = sorted(trials, key=lambda trial: -trial.gain(current))
+    assert others[-1].gain(current) > 0
+    found._finish(trials, rest, current, lambda *step: None)
+    assert first.complete
+    assert second.complete
+    tried: list[Trial] = []
+    most = second.proposal.size / 2
+    for other in others:
+        if other.proposal.size <= most and len(tried) < 3:
+            tried.append(other)
+            most = other.proposal.size / 2
+    assert [t for t in others if t.complete] == tried
+    assert len(tried) < len(others)
 
 
 def outcome_of(correct: Sequence[float], exact: Sequence[float]) -> Outcome:

@@ -13,6 +13,7 @@ effects are per example.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -49,10 +50,10 @@ from workers.trials import (
     harms,
 )
 
-# Candidates are first judged on every fifth example, if that leaves this many, and at most three on all.
+# Candidates are first judged on every fifth example, if that leaves this many, and at most so many on all.
 STRIDE = 5
 FEWEST_JUDGED = 20
-FINALISTS = 3
+FINALISTS = 5
 # The second of them in any case, if its gain on those is this part of the first's.
 CLOSE = 0.9
 # Of a pass's search, told as progress: the part that plans of growing size take.
@@ -270,7 +271,7 @@ class Search:
     ) -> list[Trial]:
         """Judge single components and plans of growing size, first on a few of the examples, the finalists on all.
         `refused` gets what is over the bound."""
-        few = self._few()
+        few = self._few(current)
         rest = sorted(set(self.judged) - set(few))
         on_trial(0.0, f"trying without {len(proposals.singles)} components, each by itself")
         alone = [self._trial(proposal, few) for proposal in self._allowed(proposals.singles, [])]
@@ -306,20 +307,25 @@ class Search:
         on_trial: Callable[[float, str], None],
     ) -> None:
         """Judge those that gain most on a few examples on the others as well: the best of them, one that comes close
-        to it, and the next as long as none would be accepted."""
+        to it, and others as long as none would be accepted. Where two have failed, it was by going too far on too few
+        examples: the next is half as large."""
         gains = {id(trial): trial.gain(current) for trial in trials}  # a trial's own changes with what it is judged on
-        ordered = sorted((t for t in trials if gains[id(t)] > 0), key=lambda t: -gains[id(t)])[:FINALISTS]
+        left = sorted((t for t in trials if gains[id(t)] > 0), key=lambda t: -gains[id(t)])
+        most = gains[id(left[0])] if left else 0.0
         accepted = False
-        for k, trial in enumerate(ordered):
-            close = k == 1 and gains[id(trial)] >= CLOSE * gains[id(ordered[0])]
-            if accepted and not close:
+        for k in range(FINALISTS):
+            close = k == 1 and bool(left) and gains[id(left[0])] >= CLOSE * most
+            if not left or (accepted and not close):
                 break
+            trial = left.pop(0)
             done = GROWING_SHARE + (1 - GROWING_SHARE) * k / FINALISTS
             on_trial(done, f"judging {trial.proposal.description} on all examples")
             at = self.clock.now()
             trial.outcome = completed(trial.outcome, self._judge(trial.plans, rest))
             trial.seconds += self.clock.now() - at
             accepted |= trial.p(current) < SIGNIFICANCE
+            if k and not accepted:
+                left = [other for other in left if 2 * other.proposal.size <= trial.proposal.size]
 
     def _grow(
         self,
@@ -351,9 +357,19 @@ class Search:
         refused += over
         return trials
 
-    def _few(self) -> list[int]:
-        """Those of the judged examples that candidates are first judged on."""
-        return self.judged[:: max(1, min(STRIDE, len(self.judged) // FEWEST_JUDGED))]
+    def _few(self, current: Outcome) -> list[int]:
+        """Those of the judged examples that candidates are first judged on: evenly from all in the order of their
+        answers, then of their loss, so that every label has its share. Of examples of one label a model that knows
+        no other answer is the best."""
+        step = max(1, min(STRIDE, len(self.judged) // FEWEST_JUDGED))
+        answers = [self.pool[row].labels[self.pool[row].gold] for row in self.judged]
+        often = Counter(answers)
+
+        def place(k: int) -> tuple[str, float]:
+            return answers[k] if often[answers[k]] > 1 else "", float(current.loss[k])
+
+        ordered = sorted(range(len(self.judged)), key=place)
+        return sorted(self.judged[k] for k in ordered[step // 2 :: step])
 
     def _try_all(
         self, proposals: Iterable[Proposal], most: int, current: Outcome, on_trial: Callable[[float, str], None]
