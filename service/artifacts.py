@@ -188,6 +188,17 @@ class ArtifactStore:
         except FileNotFoundError:
             raise NotFound("the job's files have been deleted") from None
 
+    def link(self, file: ArtifactFile, path: Path) -> None:
+        """Have a published file at a path as well, by a symbolic link.
+
+        Raises:
+            NotFound: its job was deleted.
+        """
+        blob = self._blob(file.sha256).absolute()
+        if not blob.exists():
+            raise NotFound("the job's files have been deleted")
+        path.symlink_to(blob)
+
     # --- removing --------------------------------------------------------------------------------------------
 
     def discard_input(self, job_id: str) -> None:

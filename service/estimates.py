@@ -15,10 +15,19 @@ from dataclasses import dataclass
 
 from service.answers import Estimate
 from service.division import FOLDS, divide
+from service.goals import Goal
 from service.jobs import JobSpec
 from service.lengths import Tokens, count
 from service.models import Model
-from service.strategies import BlocksOptions, C2IOptions, LaserOptions, MixedOptions, StrategyOptions, decomposes
+from service.strategies import (
+    BlocksOptions,
+    C2IOptions,
+    ComponentsOptions,
+    LaserOptions,
+    LayersOptions,
+    MixedOptions,
+    StrategyOptions,
+)
 
 # Of a block's matrices, as every architecture names its layers: `model.layers.7.mlp.up_proj.weight`.
 IN_BLOCK = re.compile(r"\.\d+\.")
@@ -30,6 +39,10 @@ PART_JUDGED = 0.2
 JUDGED_WHOLE = 2.0
 # A candidate of a grid changes one matrix, and is run from its block on.
 GRID_CANDIDATE = 0.6
+# `compress` tries so many layers in a step, so many orders of other structures a round, on a part of the examples.
+LAYERS_TRIED = 8
+ORDERS = 4
+CHOSEN_ON = 0.5
 # Most jobs end before their last pass: the fraction of the passes behind the first that run.
 LATER_PASSES = 0.6
 # Of the neutral text that drift is measured on, in tokens; read again for each plan.
@@ -71,6 +84,8 @@ class Size:
     """Sum of both sides: the numbers that a token leaves behind for the backward."""
     head_parameters: int
     """Of the matrix that makes logits."""
+    blocks: int
+    """Layers."""
     parameters: int
     bytes: int
 
@@ -87,6 +102,7 @@ class Size:
             gram=sum(min(shape) ** 2 * max(shape) for shape in matrices),
             widths=sum(a + b for a, b in matrices),
             head_parameters=max((a * b for a, b in others), default=0),
+            blocks=len({found[0] for name in shapes if (found := IN_BLOCK.search(name))}),
             parameters=sum(_product(shape) for shape in shapes.values()),
             bytes=bytes,
         )
@@ -130,34 +146,37 @@ def _sum(a: Tokens, b: Tokens) -> Tokens:
     return Tokens(a.rows + b.rows, a.total + b.total, a.answers + b.answers)
 
 
-def estimate(
-    size: Size, loads: Loads, passes: int, options: StrategyOptions, *, speed: float | None, decomposed: bool
-) -> Estimate:
+def estimate(size: Size, loads: Loads, spec: JobSpec, *, speed: float | None, decomposed: bool) -> Estimate:
     """What an adaptation takes.
 
     Args:
-        passes: the most that the job asks for.
-        options: of its strategy.
         speed: operations a second of a float32 product on a worker; None where no worker has told.
         decomposed: the model's decompositions are in the cache.
     """
     rate = (speed or ASSUMED_SPEED) * EFFICIENCY
-    expected = 1 + LATER_PASSES * (passes - 1)
-    backwards = 1 + LATER_PASSES * (passes - 1) * loads.backwards_a_pass
-    by_components = decomposes(options)
+    passes, options, compressing = spec.passes, spec.options, spec.goal is Goal.COMPRESS
+    later = 1.0 if compressing else LATER_PASSES
+    expected = 1 + later * (passes - 1)
+    # A round of `compress` takes effects of structures and then of components.
+    backwards = (2 if compressing else 1) + later * (2 * passes - 2 if compressing else passes - 1) * (
+        loads.backwards_a_pass
+    )
+    by_components = spec.decomposes
     effects = 4 * size.squared_ranks * loads.gradient.total if by_components else 0
     if isinstance(options, BlocksOptions):
         effects = 2 * size.block_parameters * loads.gradient.total
     neutral = 2 * (size.block_parameters + size.head_parameters) * NEUTRAL_TOKENS
-    plans = 2 if passes == 1 else 3
+    plans = passes + 1 if compressing else 2 if passes == 1 else 3
+    evaluations = expected * _evaluations(size, loads, ComponentsOptions() if compressing else options)
+    evaluations += _choices(size, loads, spec) if compressing else 0
     reading = size.bytes / DISK_SPEED
     stages = {
         "loading": 2.0 + reading,
         "decomposing": _decomposing(size, rate, decomposed) if by_components else 0.0,
         "backward": backwards * (forward_backward(size, loads) + effects) / rate,
-        "searching": expected * _evaluations(size, loads, options) * _forward(size, loads.selection) / rate,
+        "searching": evaluations * _forward(size, loads.selection) / rate,
         "verifying": (plans * _forward(size, loads.test) + (plans + 1) * neutral) / rate,
-        "publishing": 2.0 + 4 * reading,
+        "publishing": 2.0 + 4 * reading * spec.models,
     }
     spectra = 4 * size.squared_ranks if by_components else 0
     weights = 4 * size.parameters
@@ -167,7 +186,7 @@ def estimate(
         seconds=round(sum(stages.values()), 1),
         stages={stage: round(seconds, 1) for stage, seconds in stages.items()},
         memory_bytes=LIBRARIES_BYTES + weights + spectra + max(activations, 2 * weights),
-        disk_bytes=int((1 + ADAPTER) * size.bytes) + (0 if decomposed else spectra),
+        disk_bytes=int((spec.models + ADAPTER) * size.bytes) + (0 if decomposed else spectra),
         tokens=loads.gradient.total + loads.selection.total + loads.test.total,
         measured_speed=speed is not None,
     )
@@ -195,6 +214,18 @@ def _evaluations(size: Size, loads: Loads, options: StrategyOptions) -> float:
         grid = size.matrices * len(options.retentions)
         return GRID_CANDIDATE * min(options.sample or grid, grid) + 1
     return GRID_CANDIDATE * options.matrices * len(options.retentions) * len(options.row_blocks) + 1
+
+
+def _choices(size: Size, loads: Loads, spec: JobSpec) -> float:
+    """Forwards over the selection split that `compress` chooses structures by, in all rounds; every fold's own."""
+    options, target = spec.options, spec.target.fraction if spec.target else 1.0
+    layers = isinstance(options, LayersOptions) or (isinstance(options, MixedOptions) and "layers" in options.kinds)
+    of_layers = (
+        LAYERS_TRIED * GRID_CANDIDATE * size.blocks * min(1.0, (1 - target) * size.parameters / size.block_parameters)
+    )
+    lists = (len(options.kinds) - layers) if isinstance(options, MixedOptions) else 1 - layers
+    tracks = FOLDS + 1 if loads.backwards_a_pass > 1 else 1
+    return tracks * CHOSEN_ON * ((of_layers if layers else 0) + spec.passes * (1 + ORDERS * lists))
 
 
 def _forward(size: Size, load: Tokens) -> float:

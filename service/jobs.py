@@ -16,7 +16,7 @@ from pydantic import Field, StringConstraints, ValidationError, ValidationInfo, 
 
 from service.errors import InvalidInput
 from service.goals import Goal, Target, check_goal, option_defaults
-from service.strategies import OPTIONS, Strategy, StrategyOptions
+from service.strategies import OPTIONS, Strategy, StrategyOptions, decomposes
 from service.strict import Strict
 from service.webhooks.contract import Webhook, WebhookState
 
@@ -209,6 +209,16 @@ class JobSpec(Body):
     def options(self) -> StrategyOptions:
         """The strategy's options, its defaults where the job gives none."""
         return self.strategy_options or OPTIONS[self.strategy].model_validate(option_defaults(self.goal, self.strategy))
+
+    @property
+    def models(self) -> int:
+        """How many models it writes: of `compress` one a round."""
+        return self.passes if self.goal is Goal.COMPRESS else 1
+
+    @property
+    def decomposes(self) -> bool:
+        """Whether the weights' components are needed: `compress` removes them from what is left."""
+        return self.goal is Goal.COMPRESS or decomposes(self.options)
 
     @classmethod
     def parse(cls, data: object) -> Self:

@@ -131,18 +131,22 @@ class Rates:
             self._buckets.popitem(last=False)
 
 
-def check_disk(model: Model, store: ArtifactStore, limit: int) -> None:
-    """Whether a job's files, before all a copy of the model, may be written and find room.
+def check_disk(model: Model, store: ArtifactStore, limit: int, copies: int = 1) -> None:
+    """Whether a job's files, before all copies of the model, may be written and find room.
+
+    Args:
+        copies: models that the job writes; none is larger than this one.
 
     Raises:
         UnusableModel: they are more than a job may write.
         Unavailable: the disk has no room for them now.
     """
-    needed = int(WITH_ADAPTER * model.bytes) + BESIDES_BYTES
+    needed = int((WITH_ADAPTER + copies - 1) * model.bytes) + BESIDES_BYTES
     if needed > limit:
+        what, fewer = ("a copy", "") if copies == 1 else (f"{copies} copies", ", or fewer passes")
         raise UnusableModel(
-            f"a copy of this model and what comes with it take {needed / 1e9:.1f} GB, and a job here may write "
-            f"{limit / 1e9:.1f} GB: take a smaller model",
+            f"{what} of this model and what comes with it take {needed / 1e9:.1f} GB, and a job here may write "
+            f"{limit / 1e9:.1f} GB: take a smaller model{fewer}",
             param="model",
         )
     store.check_room(needed)

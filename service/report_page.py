@@ -15,6 +15,7 @@ from functools import cache
 from html import escape
 from pathlib import Path
 
+from service.curves import filled
 from service.jobs import Difference
 from service.reports import Metrics, Report
 
@@ -98,8 +99,18 @@ def _figures(report: Report) -> str:
 <thead><tr><th></th><th>base</th><th>adapted</th><th>difference (95 % interval)</th></tr></thead>
 <tbody>{"".join(rows)}</tbody>
 </table>
+{_curve(report)}
 <p>{report.removed.of(report.model.components)} removed in {report.removed.modules} of
 {report.model.target_modules} weights; {escape(str(report.drift))}. {escape(report.outlook.message)}</p>"""
+
+
+def _curve(report: Report) -> str:
+    if not report.curve:
+        return ""
+    columns, rows = filled(report)
+    head = "".join(f"<th>{name}</th>" for name in columns)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody>\n</table>"
 
 
 def _row(name: str, metric: str, report: Report) -> str:

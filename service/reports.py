@@ -163,8 +163,10 @@ class SkippedModule(Strict):
 class Verification(Strict):
     """Largest absolute difference of logits between the artifact reloaded from disk and the adapted model."""
 
-    adapter: float
+    adapter: float | None
+    """Null where there is none: `compress` publishes no adapter."""
     model: float
+    """Of all points the largest."""
 
 
 class Speed(Strict):
@@ -189,6 +191,26 @@ class Speeds(Strict):
     base: Speed
     model: Speed
     quantized: Speed | None = None
+
+
+class CurvePoint(Strict):
+    """What one round of `compress` left, on the test split."""
+
+    number: int
+    """Of the round, from 1."""
+    parameters: float
+    """As a fraction of the base's; tiles count where they are zeros in the file."""
+    bytes: float
+    """Of the weight files, as a fraction of the base's."""
+    removed: str
+    """What structures the round removed, in words."""
+    accuracy: float | None
+    exact_match: float
+    loss: float | None
+    """Null where the model has no finite one."""
+    speed: Speed | None = None
+    path: str
+    """The folder among the job's files: `points/2/model`, of the last round `model`."""
 
 
 class Cost(Strict):
@@ -255,6 +277,8 @@ class Report(JobResult):
     max_drift: float | None
     """The bound that was asked for."""
     passes: list[PassReport]
+    curve: list[CurvePoint] = Field(default_factory=list)
+    """Of `compress`: a point a round, each smaller than the one before; the last is what is returned."""
     outlook: Outlook
     gained: int
     """Examples of the test split that the adapted model alone gets right: the likeliest choice, or exact match."""

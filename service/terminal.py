@@ -17,8 +17,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Column, Table
 from rich.text import Text
 
+from service.curves import filled
 from service.jobs import Difference
-from service.reports import Metrics, Report
+from service.reports import Cost, Metrics, Report
 
 SHADES = "·░▒▓█"
 ASCII_SHADES = ".:+*#"
@@ -82,6 +83,9 @@ def draw(report: Report, console: Console) -> None:
     console.print()
     console.print(_figures(report))
     console.print()
+    if report.curve:
+        console.print(_curve(report))
+        console.print()
     console.print(_map(report, console))
     console.print()
     prose(Text(_summary(report)))
@@ -103,6 +107,15 @@ def _figures(report: Report) -> Table:
     return table
 
 
+def _curve(report: Report) -> Table:
+    """The base and what each round left, a line each."""
+    (first, *columns), rows = filled(report)
+    table = Table(first, *(Column(name, justify="right") for name in columns), box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def _figure(metrics: Metrics | None, name: str) -> str:
     value = getattr(metrics, name) if metrics else None
     return "" if value is None else f"{value:.3f}"
@@ -120,6 +133,8 @@ def _map(report: Report, console: Console) -> RenderableType:
     for entry in report.plan:
         removed[entry.module] += len(entry.components)
     if not removed:
+        if report.removed.structures:
+            return Text("No components were removed beside the structures.")
         return Text("Nothing was removed: the base model is what is returned.")
     layers = 1 + max(module.layer for module in report.modules)
     names = _labels(report)
@@ -177,6 +192,11 @@ def _legend(cells: dict[str, Counter[int]], most: int, shades: str, together: in
     return f"components removed: {'   '.join(parts)}{columns}"
 
 
+def _shipped(cost: Cost) -> str:
+    what, size = ("adapter", cost.adapter_bytes) if cost.adapter_bytes else ("model", cost.model_bytes)
+    return f"{what} {size / 1e6:.1f} MB"
+
+
 def _summary(report: Report) -> str:
     cost = report.cost
     return "\n".join(
@@ -187,8 +207,8 @@ def _summary(report: Report) -> str:
             f"{report.removed.modules:,} of {report.model.target_modules:,} modules of {report.model.id}.",
             *report.shipped_words(),
             f"Adaptation {cost.adaptation_fb:.1f} FB of {cost.fb_seconds:.1f} s; all "
-            f"{clock(sum(cost.stages.values()))}; peak memory {cost.peak_memory_bytes / 2**30:.1f} GiB; adapter "
-            f"{cost.adapter_bytes / 1e6:.1f} MB.",
+            f"{clock(sum(cost.stages.values()))}; peak memory {cost.peak_memory_bytes / 2**30:.1f} GiB; "
+            f"{_shipped(cost)}.",
             report.outlook.message,
         ]
     ).rstrip()

@@ -84,7 +84,7 @@ def check(run: Run) -> Report:
     assert report.cost.fb_seconds > 0
     assert report.cost.adapter_bytes == size_of(run.out / "adapter")
     assert report.cost.model_bytes == size_of(run.out / "model")
-    assert max(report.verification.adapter, report.verification.model) < 1e-3
+    assert max(report.verification.adapter or 0, report.verification.model) < 1e-3
     assert report.removed.components == sum(len(entry.components) for entry in report.plan)
     assert report.removed.structures == sum(len(entry.indices) for entry in report.structures)
     assert report.removed.parameters == sum(entry.parameters for entry in report.structures)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from service import decomposed, report_page
 from service.errors import InvalidInput, UnusableModel
@@ -18,28 +19,33 @@ from service.goals import Goal
 from service.jobs import Example, JobSpec, PromptFormat, Stage
 from service.masks import check_masks
 from service.models import Model, check_unchanged
-from service.reports import ChangedExample, Report, SkippedModule, Verification
-from service.strategies import decomposes
+from service.reports import ChangedExample, Report, Shipped, SkippedModule, Verification
+from service.strategies import ComponentsOptions
 from service.tokenizer_files import working_tokenizer
 from workers import masked
 from workers.bounds import DriftBound
 from workers.changed import changed_examples
-from workers.checkpoints import reload_check, write_adapter, write_model
+from workers.checkpoints import model_check, reload_check, write_adapter, write_model
+from workers.compressing import make_chooser
 from workers.drift import NeutralText, encode_neutral, paragraphs
 from workers.evaluation import Outcome, answer_logits, evaluate, honours_tree_mask
-from workers.examples import LOGIT_BUDGET, TOKEN_BUDGET, TOKEN_BUDGET_CUDA, Encoded, Layout, batches, encode
+from workers.examples import LOGIT_BUDGET, TOKEN_BUDGET, TOKEN_BUDGET_CUDA, Batch, Encoded, Layout, batches, encode
+from workers.footprint import Footprint
 from workers.loading import Checkpoint, load
 from workers.model_card import write_cards
+from workers.points import curve, places, weight_bytes
 from workers.progress import OnProgress, Progress
 from workers.ranking import Plan
 from workers.reporting import Findings, Tested, make_report
 from workers.rounding import applied_unrounded
+from workers.rounds import Aim, Rounds
 from workers.search import Search, Subject, check_finite
 from workers.spectrum import Spectrum, SpectrumCache
 from workers.splits import Splits, divide
 from workers.strategies import dictionary, make_search, structures
+from workers.structures import Unit
 from workers.targets import Target, find_targets
-from workers.verdict import judge
+from workers.verdict import judge, judge_compressed
 
 # Examples whose logits are compared between what is in memory and what was written.
 CHECKED_EXAMPLES = 8
@@ -62,9 +68,8 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
         C2IError: for what its user can act on.
     """
     check_masks(model, spec)
-    if spec.goal is Goal.COMPRESS:
-        raise InvalidInput("not offered by this worker", param="goal")
-    progress = Progress(spec.passes, on_progress)
+    compressing = spec.goal is Goal.COMPRESS
+    progress = Progress(spec.passes * (2 if compressing else 1), on_progress)
     with progress.stage(Stage.LOADING, "loading the model"):
         base = load(model.folder)
         check_unchanged(model)
@@ -73,10 +78,11 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
         targets = dictionary(modules, spec.options)
         units, without = structures(base.model, modules, spec.options)
         layout = layout_for(base, [*splits.pool, *splits.test])
+        aim = _aim(spec, model, base, units)
 
     with progress.stage(Stage.DECOMPOSING, "decomposing the weights"):
         spectra_cache = SpectrumCache(cache / decomposed.SPECTRA)
-        spectra = _decompose(targets if decomposes(spec.options) else [], spectra_cache, progress)
+        spectra = _decompose(targets if spec.decomposes else [], spectra_cache, progress)
         if spectra:
             decomposed.note(cache, model.revision, spectra_cache.used)
 
@@ -84,10 +90,18 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
     neutral = NeutralText(
         subject, encode_neutral(paragraphs(), base.tokenizer, model.context_length), masked=base.masked
     )
-    search = make_search(subject, splits.pool, splits.tracks, splits.result, spec.options, spec.seed)
+    search = make_search(
+        subject,
+        splits.pool,
+        splits.tracks,
+        splits.result,
+        ComponentsOptions() if aim else spec.options,
+        spec.seed,
+    )
     if spec.max_drift is not None:
         search.bound = DriftBound(lambda plan: neutral.drift(plan, search.subject), spec.max_drift)
-    search.run(spec.passes, progress.within_pass)
+    rounds = Rounds(search, aim) if aim else None
+    (rounds or search).run(spec.passes, progress.within_pass)
     subject = search.subject
     # A strategy may select on the examples that it ranks by.
     splits = replace(splits, sizes=splits.sizes.model_copy(update={"selection": len(search.judged)}))
@@ -95,28 +109,24 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
         raise UnusableModel("no gradient reached any of the model's weights", param="model")
 
     with progress.stage(Stage.VERIFYING, "testing on unseen examples"):
-        last = search.result_after(spec.passes)
-        tested: dict[int, Tested] = {}
-        for k in {0, min(1, len(search.plans) - 1), last}:
-            outcome = _test(subject, splits.test, search.plans[k]) if splits.test else search.outcomes[k]
-            tested[k] = Tested(outcome, neutral.drift(search.plans[k], subject))
+        last = len(search.plans) - 1 if rounds else search.result_after(spec.passes)
+        wanted = range(last + 1) if rounds else {0, min(1, len(search.plans) - 1), last}
+        tested = {k: _tested(subject, splits, search, neutral, k) for k in wanted}
         check_finite(tested[0].outcome, subject.dtype)
-        verdict = judge(
-            tested[0].outcome, tested[last].outcome, splits.sizes, spec.seed, removed=search.plans[last].size
-        )
-        plan = search.plans[last] if verdict.improved else Plan()
-        changed = _changed(subject, base, splits, search, tested, last) if verdict.improved else []
+        outcomes = tested[0].outcome, tested[last].outcome
+        if rounds:
+            verdict = judge_compressed(*outcomes, splits.sizes, spec.seed, left=rounds.left)
+        else:
+            verdict = judge(*outcomes, splits.sizes, spec.seed, removed=search.plans[last].size)
+        plan = search.plans[last] if verdict.returned else Plan()
+        changed = _changed(subject, base, splits, search, tested, last) if verdict.returned else []
         rounding_loss = _rounding_loss(subject, plan, (splits.test or splits.pool)[:ROUNDED_EXAMPLES])
 
     with progress.stage(Stage.PUBLISHING, "writing the adapter and the model"):
-        write_adapter(out / "adapter", spec.model, subject.targets, subject.spectra, plan, units, masked=base.masked)
-        shipped = write_model(out / "model", base, subject.targets, subject.spectra, plan, units)
+        verification, shipped = _publish(out, spec, base, search, plan, (splits.test or splits.pool)[:CHECKED_EXAMPLES])
+        points = curve(rounds, {k: tested[k].outcome for k in tested}, out, model.folder) if rounds else []
         check_unchanged(model)
-        verification = _verify(out, base, subject, plan, (splits.test or splits.pool)[:CHECKED_EXAMPLES])
 
-    places = {t.name: t.module_name for t in targets} | {unit.name: unit.place for unit in units}
-    reasons = {places[name]: reason for name, reason in search.unreached.items()}
-    unreached = [SkippedModule(module=name, reason=reason) for name, reason in reasons.items()]
     report = make_report(
         spec,
         model,
@@ -133,9 +143,10 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
             shipped,
             verification,
             rounding_loss,
-            [*skipped, *without, *unreached],
+            [*skipped, *without, *_unreached(search, targets)],
             changed,
             targets,
+            points,
         ),
         progress.cost(search.clock, out),
     )
@@ -143,6 +154,39 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
     (out / "report.html").write_text(report_page.render(report))
     (out / "report.json").write_text(report.model_dump_json(indent=2))
     return report
+
+
+def _aim(spec: JobSpec, model: Model, base: Checkpoint, units: Sequence[Unit]) -> Aim | None:
+    """What `compress` is to reach.
+
+    Raises:
+        InvalidInput: it cannot be reached.
+    """
+    if spec.target is None:
+        return None
+    footprint = Footprint.of(base.model, units, parameters=model.parameters, bytes=weight_bytes(model.folder))
+    aim = Aim(make_chooser(spec.options, units), footprint, spec.target)
+    aim.check()
+    return aim
+
+
+def _publish(
+    out: Path, spec: JobSpec, base: Checkpoint, search: Search, plan: Plan, examples: Sequence[Encoded]
+) -> tuple[Verification, Shipped]:
+    """Write what is returned, and read it back: an adapter and a model, or the model of every round."""
+    subject = search.subject
+    if spec.goal is Goal.IMPROVE:
+        folder, name = out / "adapter", spec.model
+        write_adapter(folder, name, subject.targets, subject.spectra, plan, subject.units, masked=base.masked)
+        shipped = write_model(out / "model", base, subject.targets, subject.spectra, plan, subject.units)
+        adapter, merged = reload_check(out, base, *_checking(base, subject, plan, examples))
+        return Verification(adapter=adapter, model=merged), shipped
+    largest = 0.0
+    for place in places(len(search.plans) - 1):
+        own, folder = search.plans[place.number], out / place.folder
+        shipped = write_model(folder / "model", base, subject.targets, subject.spectra, own, subject.units)
+        largest = max(largest, model_check(folder, base, *_checking(base, subject, own, examples)))
+    return Verification(adapter=None, model=largest), shipped
 
 
 def _encode(spec: JobSpec, base: Checkpoint, context: int | None) -> Splits:
@@ -189,6 +233,19 @@ def _decompose(targets: Sequence[Target], cache: SpectrumCache, progress: Progre
     return spectra
 
 
+def _unreached(search: Search, targets: Sequence[Target]) -> list[SkippedModule]:
+    """What no gradient reached."""
+    at = {target.name: target.module_name for target in targets} | {u.name: u.place for u in search.subject.units}
+    reasons = {at[name]: reason for name, reason in search.unreached.items()}
+    return [SkippedModule(module=name, reason=reason) for name, reason in reasons.items()]
+
+
+def _tested(subject: Subject, splits: Splits, search: Search, neutral: NeutralText, k: int) -> Tested:
+    """One of the search's plans on the test split, or as it was judged where there is none."""
+    outcome = _test(subject, splits.test, search.plans[k]) if splits.test else search.outcomes[k]
+    return Tested(outcome, neutral.drift(search.plans[k], subject))
+
+
 def _test(subject: Subject, test: Sequence[Encoded], plan: Plan) -> Outcome:
     with subject.without(plan):
         return evaluate(subject.model, test, subject.objective, subject.layout)
@@ -220,11 +277,10 @@ def _rounding_loss(subject: Subject, plan: Plan, examples: Sequence[Encoded]) ->
     return float(shipped.loss.mean() - unrounded.loss.mean())
 
 
-def _verify(out: Path, base: Checkpoint, subject: Subject, plan: Plan, examples: Sequence[Encoded]) -> Verification:
+def _checking(base: Checkpoint, subject: Subject, plan: Plan, examples: Sequence[Encoded]) -> tuple[Batch, Tensor]:
+    """A batch, and (Q, vocabulary) its logits without what the plan removes."""
     layout = subject.layout
     held = replace(layout, tokens=layout.limits.get("forward", layout.tokens))
     batch = next(batches(examples, held)).to(next(base.model.parameters()).device)
     with subject.without(plan), torch.no_grad():
-        expected = answer_logits(base.model, batch)
-    adapter, merged = reload_check(out, base, batch, expected)
-    return Verification(adapter=adapter, model=merged)
+        return batch, answer_logits(base.model, batch)

@@ -2,16 +2,19 @@
 
 Both answer greedily, each token the likeliest, and nothing else of a model's `generation_config.json` applies but its
 ends: so `exact_match` is measured too. The adapted model is the base with the adapter that the job published, put on
-by PEFT.
+by PEFT; of `compress`, the model that it published.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -25,6 +28,7 @@ from service import models
 from service.artifacts import ArtifactStore
 from service.connections import connect
 from service.errors import C2IError, Conflict, InternalError, InvalidInput, NotFound, UnusableModel
+from service.goals import Goal
 from service.jobs import ArtifactFile, JobSpec, PromptFormat, Turn
 from service.lengths import check_room
 from service.logs import named
@@ -38,7 +42,7 @@ from workers.adaptation import encode_for
 from workers.chat import render
 from workers.examples import special_prefix
 from workers.limits import Terms, Watch
-from workers.loading import Checkpoint, load
+from workers.loading import Checkpoint, load, load_model
 from workers.memory import is_out_of_memory
 
 logger = named(__name__)
@@ -92,9 +96,8 @@ class Answers:
             models.check_unchanged(model)
             prompt = encode_prompt(base, spec, model.context_length, question)
             self.queue.answer_base(try_id, attempt, answer(base, prompt, question.max_tokens))
-            config, weights = (self._read(files, f"adapter/{name}") for name in ADAPTER)
-            put_on_adapter(base.model, config, weights)
-            self.queue.succeed(try_id, attempt, answer(base, prompt, question.max_tokens))
+            adapted = self._adapted(base, spec.goal, files)
+            self.queue.succeed(try_id, attempt, answer(adapted, prompt, question.max_tokens))
         except RedisError:
             raise
         except Exception as error:
@@ -104,6 +107,17 @@ class Answers:
             with contextlib.suppress(Conflict, NotFound):
                 self.queue.fail(try_id, attempt, ours)
                 logger.info("the try failed", code=ours.code, reason=ours.message)
+
+    def _adapted(self, base: Checkpoint, goal: Goal, files: Mapping[str, ArtifactFile]) -> Checkpoint:
+        """The job's model: the base with the adapter on it, in place; of `compress` the model that was published."""
+        if goal is Goal.IMPROVE:
+            put_on_adapter(base.model, *(self._read(files, f"adapter/{name}") for name in ADAPTER))
+            return base
+        with tempfile.TemporaryDirectory() as folder:
+            for path, file in files.items():
+                if path.startswith("model/"):
+                    self._store.link(file, Path(folder) / path.removeprefix("model/"))
+            return replace(base, model=load_model(Path(folder)))
 
     def clear(self, try_id: str, attempt: int) -> None:
         """It writes no files."""

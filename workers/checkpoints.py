@@ -223,15 +223,25 @@ def reload_check(folder: Path, base: Checkpoint, batch: Batch, expected: Tensor)
     adapter = _difference(answer_logits(base.model, batch), expected)
     with_adapter.unload()
     del with_adapter
-    merged_model = load_model(folder / "model")
-    merged = _difference(answer_logits(merged_model, batch), expected)
+    _check(adapter, "adapter", base)
+    return adapter, model_check(folder, base, batch, expected)
+
+
+@torch.no_grad()
+def model_check(folder: Path, base: Checkpoint, batch: Batch, expected: Tensor) -> float:
+    """As `reload_check`, of `model/` alone."""
+    merged = _difference(answer_logits(load_model(folder / "model"), batch), expected)
+    _check(merged, "model", base)
+    return merged
+
+
+def _check(difference: float, artifact: str, base: Checkpoint) -> None:
     limit = limit_of(base.dtype)
-    if not (adapter <= limit and merged <= limit):
+    if not difference <= limit:
         raise InternalError(
-            f"the artifacts read back differ from the adapted model: adapter {adapter:.2g}, model {merged:.2g}, "
-            f"at most {limit:g} is allowed; nothing was published"
+            f"the {artifact} read back differs from the adapted model by {difference:.2g}, at most {limit:g} is "
+            "allowed; nothing was published"
         )
-    return adapter, merged
 
 
 def limit_of(dtype: torch.dtype) -> float:

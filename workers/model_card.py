@@ -14,8 +14,10 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from service.curves import filled
+from service.goals import Goal
 from service.jobs import PromptFormat
-from service.reports import Metrics, Report
+from service.reports import CurvePoint, Metrics, Report
 
 MOST_LABELS = 12
 LONGEST_LABEL = 24
@@ -35,20 +37,26 @@ METRICS = {"accuracy": "accuracy over the choices", "exact_match": "exact match"
 
 
 def write_cards(out: Path, report: Report, base: Path, *, masked: bool) -> None:
-    """Write `README.md` into `out/adapter` and `out/model`.
+    """Write `README.md` into `out/model`, into `out/adapter`, where there is one, and into each point's model.
 
     Args:
         base: the base model's folder.
     """
     licence = find_license(base)
-    rank = int(json.loads((out / "adapter" / "adapter_config.json").read_text())["r"])
     about = _about(report, licence)
     pipeline = "fill-mask" if masked else "text-generation"
-    adapter = _front_matter(report, licence, pipeline, library="peft", relation="adapter")
     model = _front_matter(report, licence, pipeline, library="transformers", relation="finetune")
+    (out / "model" / "README.md").write_text(f"{model}\n{about}\n{_use_model(report, masked=masked)}")
+    for point in report.curve[:-1]:
+        front = _front_matter(report, licence, pipeline, library="transformers", relation="finetune", scores=point)
+        text = f"{front}\n{_about_point(report, point, licence)}\n{_use_model(report, masked=masked)}"
+        (out / point.path / "README.md").write_text(text)
+    if not (out / "adapter").is_dir():
+        return
+    rank = int(json.loads((out / "adapter" / "adapter_config.json").read_text())["r"])
+    adapter = _front_matter(report, licence, pipeline, library="peft", relation="adapter")
     adapter_use = _use_adapter(report, rank, masked=masked)
     (out / "adapter" / "README.md").write_text(f"{adapter}\n{about}\n{adapter_use}")
-    (out / "model" / "README.md").write_text(f"{model}\n{about}\n{_use_model(report, masked=masked)}")
 
 
 def find_license(folder: Path) -> str | None:
@@ -74,7 +82,15 @@ def _beginning(path: Path) -> str:
         return file.read(CARD_BYTES).decode(errors="replace")
 
 
-def _front_matter(report: Report, licence: str | None, pipeline: str, *, library: str, relation: str) -> str:
+def _front_matter(
+    report: Report,
+    licence: str | None,
+    pipeline: str,
+    *,
+    library: str,
+    relation: str,
+    scores: Metrics | CurvePoint | None = None,
+) -> str:
     results = [
         EvalResult(
             task_type=pipeline,
@@ -85,7 +101,7 @@ def _front_matter(report: Report, licence: str | None, pipeline: str, *, library
             metric_value=round(value, 4),
         )
         for metric, name in METRICS.items()
-        if (value := getattr(report.adapted, metric)) is not None
+        if (value := getattr(scores or report.adapted, metric)) is not None
     ]
     data = ModelCardData(
         base_model=report.model.id,
@@ -104,7 +120,7 @@ def _about(report: Report, licence: str | None) -> str:
     model, splits = report.model, report.splits
     selected = f"cross-fitted over {splits.folds} folds" if splits.folds else f"{splits.selection} to select on"
     tested = f"cross-validated on {splits.test}" if splits.cross_validated else f"tested on {splits.test} others"
-    if report.improved:
+    if report.improved or report.goal is Goal.COMPRESS:
         done = (
             f"{report.removed.of(model.components)} of the model's "
             f"{model.target_modules} weights were removed, in {report.removed.modules} of them. Nothing was trained "
@@ -131,12 +147,40 @@ def _about(report: Report, licence: str | None) -> str:
 
 {_results(report)}
 
+{_curve(report)}
 Intervals are 95 %. Out of the test examples, {report.gained} were gained and {report.lost} lost.
 
 {_plan(report)}## Side effects
 
 {_side_effects(report)}
 """
+
+
+def _about_point(report: Report, point: CurvePoint, licence: str | None) -> str:
+    last = report.curve[-1]
+    return f"""# {report.model.id}, compressed to impress: point {point.number} of {last.number}
+
+A step on the way to {100 * last.parameters:.1f} % of the parameters of `{report.model.id}`, revision \
+`{report.model.revision}`: here {100 * point.parameters:.1f} % are left. In this round {point.removed} went, and then \
+components that harmed what was left. Nothing was trained and nothing added.
+
+| | |
+|---|---|
+| task | {_task(report)} |
+| licence | {_licence(licence)} |
+
+## Results
+
+{_curve(report)}"""
+
+
+def _curve(report: Report) -> str:
+    """Base and points of `compress`, on the test split."""
+    if not report.curve:
+        return ""
+    columns, rows = filled(report)
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n\n"
 
 
 def _task(report: Report) -> str:
@@ -199,7 +243,7 @@ def _shipped(report: Report) -> str:
 
 
 def _side_effects(report: Report) -> str:
-    if not report.improved:
+    if not report.improved and report.goal is Goal.IMPROVE:
         return "None: it is the base model."
     drift = "not finite" if report.drift.value is None else f"{report.drift.value:.3g} nats a token"
     return (

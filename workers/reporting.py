@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+from service.goals import Goal
 from service.jobs import Drift, JobSpec, Removed
 from service.models import Model
 from service.reports import (
     ChangedExample,
     Cost,
+    CurvePoint,
     ModelInfo,
     Outlook,
     PlanEntry,
@@ -70,6 +72,8 @@ class Findings:
     changed: list[ChangedExample]
     targets: Sequence[Target]
     """Those that could be touched."""
+    curve: list[CurvePoint]
+    """Of `compress`."""
 
 
 def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Report:
@@ -78,7 +82,7 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
     base = found.base.outcome
     # JSON has no infinity, and a broken model no differences.
     first = found.first if found.first and not found.first.outcome.broken else None
-    returned = found.last if found.verdict.improved else found.base
+    returned = found.last if found.verdict.returned else found.base
     entries = _plan_entries(found.subject, found.plan)
     gained, lost = changes(base.right, returned.outcome.right)
     structures = _removed_structures(found.subject, found.plan)
@@ -100,6 +104,8 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
             target_modules=len(modules),
             components=sum(module.components for module in modules),
         ),
+        goal=spec.goal,
+        target=spec.target,
         strategy=spec.strategy,
         strategy_options=spec.options,
         objective=spec.objective,
@@ -115,6 +121,7 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
         first_pass_drift=_drift(first, found) if first else None,
         max_drift=spec.max_drift,
         passes=found.search.passes,
+        curve=found.curve,
         outlook=_outlook(spec, found.search),
         gained=gained,
         lost=lost,
@@ -141,6 +148,9 @@ def _outlook(spec: JobSpec, search: Search) -> Outlook:
     seconds = sum(report.seconds for report in search.passes) / len(search.passes)
     falling = last.accepted and last.still_falling
     cost = f"about {seconds:.0f} s ({seconds / search.clock.fb:.1f} FB)"
+    if spec.goal is Goal.COMPRESS:
+        message = f"A round of this size would cost {cost}; more rounds take smaller steps to the same target."
+        return Outlook(still_falling=False, next_pass_seconds=seconds, message=message)
     if last.withdrawn:
         message = (
             f"Pass {last.number} lowered the loss and is not returned: fewer answers of the selection split were right "

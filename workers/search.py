@@ -136,6 +136,8 @@ class Search:
         """With the row blocks that the strategy looked into, once it has."""
         self.ranked_targets = [target for target in subject.targets if target.name in subject.spectra]
         """Those that effects are taken of."""
+        self.ranked_units = subject.units
+        """And those."""
         self.proposer = Components() if proposer is None else proposer
         self.bound = bound
         self.pool = pool
@@ -157,21 +159,38 @@ class Search:
 
     def run(self, passes: int, on_step: OnStep) -> None:
         """Up to `passes` passes; the first that is not accepted is the last."""
-        started = self.clock.now()
-        self.outcomes = [self._judge([track.plan for track in self.tracks], self.judged)]
-        self.clock.searching += self.clock.now() - started
-        check_finite(self.outcomes[0], self.subject.dtype)
+        self.begin()
         for number in range(1, passes + 1):
-            report, outcome = self._one_pass(number, self.outcomes[-1], on_step)
+            report, outcome = self.one_pass(number, self.outcomes[-1], on_step)
             self.passes.append(report)
             if not report.accepted:
                 break
-            self.plans.append(self.result.plan)
-            self.judging.append([track.plan for track in self.tracks])
-            self.outcomes.append(outcome)
+            self.keep(outcome)
         returned = self.result_after(passes)
         for k in range(returned, len(self.plans) - 1):
             self.passes[k] = self.passes[k].model_copy(update={"withdrawn": True})
+
+    def begin(self) -> None:
+        """Judge the base."""
+        self.outcomes = [self.judge()]
+        check_finite(self.outcomes[0], self.subject.dtype)
+
+    def judge(self) -> Outcome:
+        """All judged examples, each under its track's plan."""
+        started = self.clock.now()
+        outcome = self._judge([track.plan for track in self.tracks], self.judged)
+        self.clock.searching += self.clock.now() - started
+        return outcome
+
+    def keep(self, outcome: Outcome) -> None:
+        """Go on from the tracks' plans as they are.
+
+        Args:
+            outcome: of these plans.
+        """
+        self.plans.append(self.result.plan)
+        self.judging.append([track.plan for track in self.tracks])
+        self.outcomes.append(outcome)
 
     def result_after(self, passes: int) -> int:
         """Which of `plans` a search of so many passes returns: the last, but for those under which fewer answers are
@@ -186,7 +205,13 @@ class Search:
         """Which plan `outcomes[k]` judges an example of the pool by."""
         return next(plan for track, plan in zip(self.tracks, self.judging[k], strict=True) if row in track.judge)
 
-    def _one_pass(self, number: int, current: Outcome, on_step: OnStep) -> tuple[PassReport, Outcome]:
+    def one_pass(self, number: int, current: Outcome, on_step: OnStep) -> tuple[PassReport, Outcome]:
+        """One backward, ranking and search from the tracks' plans, which it extends where that helps.
+
+        Args:
+            number: from 1.
+            current: of the plans as they are, on all judged examples.
+        """
         began = self.clock.now()
         before, size_before = current, self.result.plan.size
         loss = float(before.loss.mean())
@@ -391,13 +416,14 @@ class Search:
         on_batch = partial(on_step, Stage.BACKWARD, number, message=f"pass {number}: backward")
         shared: Effects | None = None
         rows = sorted({row for track in self.all_tracks for row in track.fit})
-        if number == 1:  # all plans are empty: one backward serves every track
-            shared = self._backward(rows, Plan(), on_batch)
+        plans = [track.plan for track in self.all_tracks]
+        if number == 1 and plans.count(plans[0]) == len(plans):  # one backward serves every track
+            shared = self.backward(rows, plans[0], on_batch)
         ranked = []
         for track in self.all_tracks:
             found = shared
             if found is None and self.proposer.by_effects:
-                rows, found = track.fit, self._backward(track.fit, track.plan, on_batch)
+                rows, found = track.fit, self.backward(track.fit, track.plan, on_batch)
             started = self.clock.now()
             on_step(Stage.RANKING, number, 0.0, f"pass {number}: ranking")
             position = {row: k for k, row in enumerate(rows)}
@@ -406,19 +432,31 @@ class Search:
             self.clock.ranking += self.clock.now() - started
         return ranked
 
-    def _backward(self, rows: Sequence[int], plan: Plan, on_batch: Callable[[float], None]) -> Effects:
-        """The effects on some of the pool's examples, of the model without the plan's components."""
+    def backward(
+        self,
+        rows: Sequence[int],
+        plan: Plan,
+        on_batch: Callable[[float], None],
+        *,
+        targets: Sequence[Target] | None = None,
+        units: Sequence[Unit] | None = None,
+    ) -> Effects:
+        """The effects on some of the pool's examples, of the model without what a plan removes.
+
+        Args:
+            targets, units: what effects are taken of; all that are ranked, where none are given.
+        """
         subject = self.subject
         started = self.clock.now()
         with subject.without(plan):
             found, self.unreached = effects(
                 subject.model,
-                self.ranked_targets,
+                self.ranked_targets if targets is None else targets,
                 subject.spectra,
                 [self.pool[row] for row in rows],
                 subject.objective,
                 subject.layout,
-                units=subject.units,
+                units=self.ranked_units if units is None else units,
                 on_batch=on_batch,
             )
         self.clock.backward += self.clock.now() - started

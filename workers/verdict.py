@@ -23,6 +23,8 @@ class Verdict:
     """The decision and its grounds."""
 
     improved: bool
+    returned: bool
+    """Whether the adapted model is what is returned; else the base is."""
     sentence: str
     difference: Difference
     """The one the decision stands on; of what is returned, so zero where that is the base."""
@@ -40,22 +42,47 @@ def judge(base: Outcome, adapted: Outcome, sizes: SplitSizes, seed: int, *, remo
     where = f"{sizes.test} {'cross-validated' if sizes.cross_validated else 'unseen'} examples"
     if not removed:
         sentence = "No significant improvement: no removal lowered the loss reliably. The base model is returned."
-        return Verdict(False, sentence, unchanged[0], unchanged)
+        return Verdict(False, False, sentence, unchanged[0], unchanged)
     if adapted.broken:
         told = f"the removal leaves the model without a finite loss on {adapted.broken} of them"
         sentence = f"Worse than the base on {where}: {told}. The base model is returned."
-        return Verdict(False, sentence, unchanged[0], unchanged)
+        return Verdict(False, False, sentence, unchanged[0], unchanged)
     found = differences(base, adapted, seed)
     worse = [d for d in found if d.metric != "loss" and d.high < 0 and d.p < SIGNIFICANT]
     better = [d for d in found if _better(d)]
     if worse or not better:
         told = _tell(worse[0] if worse else found[0], base, adapted)
         opening = "Worse than the base" if worse else "No significant improvement"
-        return Verdict(False, f"{opening} on {where}: {told}. The base model is returned.", unchanged[0], unchanged)
+        return Verdict(
+            False, False, f"{opening} on {where}: {told}. The base model is returned.", unchanged[0], unchanged
+        )
     told = _tell(better[0], base, adapted)
     if better[0].metric == "loss":
         told += f"; {_tell(found[0], base, adapted)}, which is not significant"
-    return Verdict(True, f"Improved on {where}: {told}.", better[0], found)
+    return Verdict(True, True, f"Improved on {where}: {told}.", better[0], found)
+
+
+def judge_compressed(base: Outcome, adapted: Outcome, sizes: SplitSizes, seed: int, *, left: str) -> Verdict:
+    """Compare a compressed model with its base. It is returned in any case.
+
+    Args:
+        left: how much of the base it is, in words.
+    """
+    where = f"{sizes.test} {'cross-validated' if sizes.cross_validated else 'unseen'} examples"
+    if adapted.broken:
+        unchanged = differences(base, base, seed)
+        sentence = f"{left}; no finite loss on {adapted.broken} of {where}."
+        return Verdict(False, True, sentence, unchanged[0], unchanged)
+    found = differences(base, adapted, seed)
+    first = found[0]
+    before, after = _values(first, base, adapted)
+    p = "p < .001" if first.p < 0.001 else f"p = {first.p:.3f}"
+    name = {"accuracy": "accuracy", "exact_match": "exact match", "loss": "loss"}[first.metric]
+    sentence = f"{left}; {name} {100 * after:.1f} % (base {100 * before:.1f} %, {p}) on {where}."
+    worse = any(d.metric != "loss" and d.high < 0 and d.p < SIGNIFICANT for d in found)
+    better = [d for d in found if _better(d)]
+    improved = bool(better) and not worse
+    return Verdict(improved, True, sentence, better[0] if improved else first, found)
 
 
 def _better(difference: Difference) -> bool:
@@ -64,11 +91,17 @@ def _better(difference: Difference) -> bool:
 
 
 def _tell(difference: Difference, base: Outcome, adapted: Outcome) -> str:
-    values = {"accuracy": "correct", "exact_match": "exact", "loss": "loss"}[difference.metric]
-    # NaN for an example without choices.
-    before, after = (float(np.nanmean(getattr(outcome, values))) for outcome in (base, adapted))
+    before, after = _values(difference, base, adapted)
     p = "p < .001" if difference.p < 0.001 else f"p = {difference.p:.3f}"
     return (
         f"{WORDS[difference.metric]} {before:.3f} to {after:.3f} "
         f"({difference.value:+.3f}, 95 % interval {difference.low:+.3f} to {difference.high:+.3f}, {p})"
     )
+
+
+def _values(difference: Difference, base: Outcome, adapted: Outcome) -> tuple[float, float]:
+    """The metric's mean before and after."""
+    values = {"accuracy": "correct", "exact_match": "exact", "loss": "loss"}[difference.metric]
+    # NaN for an example without choices.
+    before, after = (float(np.nanmean(getattr(outcome, values))) for outcome in (base, adapted))
+    return before, after

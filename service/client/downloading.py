@@ -20,6 +20,7 @@ from service.client.asking import RETRY_SECONDS, Terms, open_stream
 from service.client.operations import files
 from service.client.steps import Flow, Pause, Request, read, work
 from service.errors import InternalError
+from service.points import point_path
 
 OnBytes = Callable[[FileOut, int], None]
 """Called with a file and how many of its bytes are there, as they come and at its end."""
@@ -31,15 +32,23 @@ def download(
     folder: Path | str,
     *,
     only: Sequence[str] = ("",),
+    point: int | None = None,
     on_bytes: OnBytes = lambda file, held: None,
 ) -> Flow[list[Path]]:
     """Fetch a job's files, those whose path begins with one of `only`; what is there already is not fetched again.
 
+    Args:
+        point: of `compress`, the round whose model alone is fetched, with the report.
+
     Raises:
+        NotFound: the job has no such point.
         InternalError: a file is not what its sha256 says, or would not lie in the folder.
     """
     root = Path(folder)
-    wanted = [file for file in (yield from files(terms, job_id)) if file.path.startswith(tuple(only))]
+    there = yield from files(terms, job_id)
+    if point is not None:
+        only = (point_path([file.path for file in there], point), "report.")
+    wanted = [file for file in there if file.path.startswith(tuple(only))]
     for file in wanted:  # all of them, before the first is fetched
         _check_place(file, root)
     for file in wanted:

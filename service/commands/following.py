@@ -7,6 +7,7 @@ import typer
 from service.client import Client
 from service.commands.failures import EXIT_FAILED, EXIT_INTERRUPTED
 from service.commands.options import errors
+from service.goals import Goal
 from service.jobs import Job, JobEvent, JobStatus
 from service.terminal import progress_bar
 
@@ -43,7 +44,8 @@ def end(job: Job, *, as_json: bool) -> None:
         print(job.model_dump_json())
     elif job.result:
         print(f"{job.id} {job.status.value}: {job.result.verdict}")
-        suggest(f"`c2i report {job.id}` for the figures, `c2i download {job.id}` for the adapter")
+        what = "model" if job.goal is Goal.COMPRESS else "adapter"
+        suggest(f"`c2i report {job.id}` for the figures, `c2i download {job.id}` for the {what}")
     elif job.error:
         where = f" ({job.error.param})" if job.error.param else ""
         again = "submit it again" if job.error.retryable else "mend that, then submit it again"

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from service.commands.following import end, follow
 from service.commands.options import DEFAULT_URL, AsJson, JobArgument, Url, connect, console
+from service.goals import Goal
 from service.jobs import Job
 
 # A worker has ten seconds to stop its job.
@@ -53,6 +54,8 @@ def jobs(
 def state(job: Job) -> str:
     """A job's status, with what is most worth knowing of it."""
     if job.result:
+        if job.goal is Goal.COMPRESS:
+            return "compressed"
         return "improved" if job.result.improved else "no gain"
     if job.error:
         return f"failed: {job.error.code}"

@@ -14,10 +14,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from service.answers import FileOut
 from service.commands.options import DEFAULT_URL, AsJson, JobArgument, Url, complete_job, connect, console, errors
 from service.errors import InvalidInput
+from service.goals import Goal
 from service.reports import Report
 from service.terminal import draw
 
 ADAPTER = ("adapter/", "report.json", "report.html", "README.md")
+COMPRESSED = ("model/", "report.json", "report.html")
 JOB_ID = re.compile(r"job_[0-9a-z]{20}")
 
 
@@ -68,10 +70,12 @@ def download(
     job: JobArgument,
     out: Annotated[Path | None, typer.Option(help="Folder; the job's ID by default.")] = None,
     model: Annotated[bool, typer.Option("--model", help="The whole checkpoint too, not the adapter alone.")] = False,
+    point: Annotated[int | None, typer.Option(help="Of compress: the model of this round, and no other.")] = None,
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Download the adapter and the report. What is there already is not fetched again, what was cut off goes on.
+    """Download the adapter and the report; of a compressed model, which has no adapter, the checkpoint. What is there
+    already is not fetched again, what was cut off goes on.
 
     Example: c2i download JOB --model --out adapted
     """
@@ -89,7 +93,9 @@ def download(
                 tasks[file.path] = bar.add_task(file.path, total=file.bytes)
             bar.update(tasks[file.path], completed=held)
 
-        fetched = client.download(job, folder, only=("",) if model else ADAPTER, on_bytes=on_bytes)
+        compressed = client.get(job).goal is Goal.COMPRESS
+        only = COMPRESSED if compressed else ("",) if model else ADAPTER
+        fetched = client.download(job, folder, only=only, point=point, on_bytes=on_bytes)
     if as_json:
         print(json.dumps({"folder": str(folder), "files": [str(path) for path in fetched]}))
     else:

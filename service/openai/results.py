@@ -12,18 +12,19 @@ from collections.abc import Sequence
 from pydantic import BaseModel
 
 from service.artifacts import ArtifactStore
+from service.goals import Goal
 from service.jobs import Example, Job, PromptFormat
 from service.reports import Candidate, PassReport
 
 EXAMPLES, VALIDATION = "examples", "validation"
-METRICS, ADAPTER, REPORT = "metrics", "adapter", "report"
-# In this order: scripts read the first as CSV, since OpenAI has no other.
-RESULTS = (METRICS, ADAPTER, REPORT)
+METRICS, ADAPTER, MODEL, REPORT = "metrics", "adapter", "model", "report"
+RESULTS = (METRICS, ADAPTER, MODEL, REPORT)
 NAMES = {
     EXAMPLES: "examples.jsonl",
     VALIDATION: "validation.jsonl",
     METRICS: "step_metrics.csv",
     ADAPTER: "adapter.zip",
+    MODEL: "model.zip",
     REPORT: "report.json",
 }
 FILE_ID = re.compile(rf"file-(job_[0-9a-z]{{20}})-({'|'.join(NAMES)})")
@@ -37,6 +38,12 @@ COLUMNS = (
 def file_id(job_id: str, kind: str) -> str:
     """`file-job_...-adapter`."""
     return f"file-{job_id}-{kind}"
+
+
+def results_of(job: Job) -> list[str]:
+    """The files that come of a job, scripts' CSV first, since OpenAI has no other."""
+    shipped = MODEL if job.goal is Goal.COMPRESS else ADAPTER
+    return [file_id(job.id, kind) for kind in (METRICS, shipped, REPORT)]
 
 
 def parse_file_id(text: str) -> tuple[str, str] | None:

@@ -99,7 +99,7 @@ class FineTuningJob(Object):
     training_file: str
     validation_file: str | None
     result_files: list[str]
-    """`step_metrics.csv`, the adapter as a zip, and `report.json`."""
+    """`step_metrics.csv`, the adapter as a zip (of `compress` the model), and `report.json`."""
     error: JobError | None
     hyperparameters: JobHyperparameters
     method: dict[str, Any]
@@ -134,7 +134,7 @@ class FineTuningJob(Object):
             training_file=asked.get("training_file") or results.file_id(job.id, results.EXAMPLES),
             validation_file=asked.get("validation_file")
             or (results.file_id(job.id, results.VALIDATION) if validation else None),
-            result_files=[results.file_id(job.id, kind) for kind in results.RESULTS] if succeeded else [],
+            result_files=results.results_of(job) if succeeded else [],
             error=job.error,
             hyperparameters=JobHyperparameters(n_epochs=settings.get("passes", 1)),
             method={

@@ -7,14 +7,16 @@ from collections.abc import Generator, Iterable
 from contextlib import ExitStack, closing, suppress
 from typing import Annotated, Any, BinaryIO, cast
 
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import FileResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 from zipstream import ZipStream
 
 from service.answers import FileList, FileOut
 from service.errors import Conflict, InvalidInput, JobNotFound, NotFound
+from service.goals import Goal
 from service.jobs import ArtifactFile, Job, JobStatus
+from service.points import point_path
 from service.reports import Report
 from service.routes.authentication import Caller, Reader
 from service.routes.dependencies import Service, TheService, documented
@@ -148,14 +150,26 @@ def get_file(
 @router.head("/adapter.zip", include_in_schema=False)
 def get_adapter(caller: Reader, service: TheService, job_id: JobId, if_none_match: IfNoneMatch = None) -> Response:
     """The adapter's folder, as PEFT and LoRA servers load it, with the report."""
-    return _archive(caller, service, job_id, "adapter", if_none_match)
+    return _archive(service, _finished(caller, service, job_id), "adapter", "adapter/", if_none_match)
 
 
 @router.get("/model.zip", response_class=StreamingResponse, responses=ERRORS)
 @router.head("/model.zip", include_in_schema=False)
-def get_model(caller: Reader, service: TheService, job_id: JobId, if_none_match: IfNoneMatch = None) -> Response:
+def get_model(
+    caller: Reader,
+    service: TheService,
+    job_id: JobId,
+    if_none_match: IfNoneMatch = None,
+    point: Annotated[
+        int | None, Query(ge=1, description="Of `compress`: the round whose model is wanted; the last by default.")
+    ] = None,
+) -> Response:
     """The whole adapted checkpoint, as `from_pretrained` loads it, with the report."""
-    return _archive(caller, service, job_id, "model", if_none_match)
+    job = _finished(caller, service, job_id)
+    if point is None:
+        return _archive(service, job, "model", "model/", if_none_match)
+    path = point_path([file.path for file in service.store.files(job.id, job.attempt)], point)
+    return _archive(service, job, f"point-{point}", path, if_none_match)
 
 
 def _finished(caller: Caller, service: Service, job_id: str) -> Job:
@@ -165,19 +179,19 @@ def _finished(caller: Caller, service: Service, job_id: str) -> Job:
     return job
 
 
-def _archive(caller: Caller, service: Service, job_id: str, folder: str, if_none_match: str | None) -> Response:
+def _archive(service: Service, job: Job, name: str, folder: str, if_none_match: str | None) -> Response:
     """A zip made while it is sent: nothing is written to disk and its exact length is known before the first byte.
 
     Its members are stored and not deflated: weights do not shrink, and stored members have a known length.
     """
-    files = _members(service, _finished(caller, service, job_id), folder)
+    files = _members(service, job, folder)
     digest = hashlib.sha256("\n".join(f"{file.sha256} {file.path}" for file in files).encode()).hexdigest()
-    name = f"{job_id}-{folder}"
+    name = f"{job.id}-{name}"
     headers = {"ETag": f'"{digest}"', "Cache-Control": "private, no-cache"}
     if _matches(if_none_match, digest):
         return Response(status_code=304, headers=headers)
     with ExitStack() as stack:
-        archive = _zip(service, files, name, stack)
+        archive = _zip(service, files, name, folder, stack)
         headers |= {"Content-Length": str(len(archive)), "Content-Disposition": f'attachment; filename="{name}.zip"'}
         return Archive(archive, stack.pop_all(), headers)
 
@@ -189,22 +203,29 @@ def archive_bytes(service: Service, job: Job, folder: str) -> int:
         NotFound: the job published no such folder.
     """
     with ExitStack() as stack:
-        return len(_zip(service, _members(service, job, folder), f"{job.id}-{folder}", stack))
+        files = _members(service, job, f"{folder}/")
+        return len(_zip(service, files, f"{job.id}-{folder}", f"{folder}/", stack))
 
 
 def _members(service: Service, job: Job, folder: str) -> list[ArtifactFile]:
     there = service.store.files(job.id, job.attempt)
-    if not any(file.path.startswith(f"{folder}/") for file in there):
-        raise NotFound(f"the job published no {folder}")
-    return [file for file in there if file.path.startswith(f"{folder}/") or file.path in REPORTS]
+    if not any(file.path.startswith(folder) for file in there):
+        if job.goal is Goal.COMPRESS:
+            raise NotFound(
+                "a compressed model has no adapter: no small LoRA takes whole structures out of a model; take model.zip"
+            )
+        raise NotFound(f"the job published no {folder.rstrip('/')}")
+    return [file for file in there if file.path.startswith(folder) or file.path in REPORTS]
 
 
-def _zip(service: Service, files: Iterable[ArtifactFile], name: str, opened: ExitStack) -> ZipStream:
-    """All are opened at once: what is open stays whole if the job is deleted while it is sent."""
+def _zip(service: Service, files: Iterable[ArtifactFile], name: str, folder: str, opened: ExitStack) -> ZipStream:
+    """A point's model stands in `model/`, as the last does. All are opened at once: what is open stays whole if the
+    job is deleted while it is sent."""
     archive = ZipStream(sized=True)
     for file in files:
         stream = opened.enter_context(service.store.open(file))
-        archive.add_path(f"/proc/self/fd/{stream.fileno()}", arcname=f"{name}/{file.path}")
+        path = file.path.removeprefix(folder.rpartition("model/")[0])  # `points/2/` of a point, nothing of the others
+        archive.add_path(f"/proc/self/fd/{stream.fileno()}", arcname=f"{name}/{path}")
     return archive
 
 

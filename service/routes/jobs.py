@@ -123,8 +123,7 @@ def _estimate(service: Service, body: bytes) -> Estimate:
     return estimate(
         Size.of(model.shapes, model.bytes),
         Loads.of(spec, model),
-        spec.passes,
-        spec.options,
+        spec,
         # The slowest: any of them may take the job.
         speed=min(speeds) * 1e9 if speeds else None,
         decomposed=is_decomposed(service.settings.cache, model.revision),

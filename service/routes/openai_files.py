@@ -211,6 +211,8 @@ def _job(service: Service, caller: Caller, job_id: str, kind: str) -> tuple[Job,
 def _content(service: Service, caller: Caller, job: Job, kind: str) -> Response:
     if kind == results.ADAPTER:
         return files.get_adapter(caller, service, job.id)
+    if kind == results.MODEL:
+        return files.get_model(caller, service, job.id)
     if kind == results.REPORT:
         return files.get_report(caller, service, job.id)
     headers = PRIVATE | {"Content-Disposition": f'attachment; filename="{job.id}-{results.NAMES[kind]}"'}
@@ -220,8 +222,8 @@ def _content(service: Service, caller: Caller, job: Job, kind: str) -> Response:
 
 
 def _describe(service: Service, caller: Caller, job: Job, kind: str) -> FileObject:
-    if kind == results.ADAPTER:
-        size = files.archive_bytes(service, job, "adapter")
+    if kind in (results.ADAPTER, results.MODEL):
+        size = files.archive_bytes(service, job, results.NAMES[kind].removesuffix(".zip"))
     elif kind == results.REPORT:
         size = service.store.find(job.id, job.attempt, "report.json").bytes
     else:

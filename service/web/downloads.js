@@ -17,6 +17,9 @@ export function downloads(id, files) {
   const single = (path) => files.find((file) => file.path === path)?.bytes ?? 0;
   const offered = [
     ["adapter.zip", "Adapter", "a LoRA for PEFT, vLLM and others, with the report", folder("adapter"), `/v1/jobs/${id}/adapter.zip`],
+    ...pointsOf(files).map((point) => [
+      `point-${point}.zip`, `Model of point ${point}`, "a step on the way, larger than the last", folder(`points/${point}`), `/v1/jobs/${id}/model.zip?point=${point}`,
+    ]),
     ["model.zip", "Whole model", "safetensors, configuration and tokenizer", folder("model"), `/v1/jobs/${id}/model.zip`],
     ["report.html", "Report", "to read, print and pass on", single("report.html"), `/v1/jobs/${id}/files/report.html`],
     ["report.json", "Report as JSON", "every step and number", single("report.json"), `/v1/jobs/${id}/files/report.json`],
@@ -26,7 +29,7 @@ export function downloads(id, files) {
     h("li", {}, link(name, label, size, url, trouble), h("span", { class: "muted" }, ` ${what}, ${bytes(size)}`)),
   );
   const header = key.get() ? ' -H "Authorization: Bearer $C2I_KEY"' : "";
-  const commands = offered.slice(0, 2).map(([name, , , , url]) => `curl -fL${header} -o ${name} ${location.origin}${url}`);
+  const commands = offered.filter(([name]) => name.endsWith(".zip")).map(([name, , , , url]) => `curl -fL${header} -o ${name} '${location.origin}${url}'`);
   return h(
     "section",
     { class: "card", "aria-labelledby": "downloads" },
@@ -35,6 +38,12 @@ export function downloads(id, files) {
     trouble,
     h("details", {}, h("summary", {}, "From a terminal"), h("pre", { tabindex: 0 }, h("code", {}, commands.join("\n")))),
   );
+}
+
+/** The rounds of `compress` whose models lie beside the last one's, which is the whole model. */
+function pointsOf(files) {
+  const numbers = files.map((file) => /^points\/(\d+)\//.exec(file.path)).filter(Boolean).map(([, number]) => Number(number));
+  return [...new Set(numbers)].sort((a, b) => a - b);
 }
 
 /** Without a key, a link. With one the page asks, as a link sends no header; what is large is left to curl. */

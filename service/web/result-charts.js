@@ -222,6 +222,49 @@ export function predictions(points) {
     });
 }
 
+/**
+ * Quality of the base and of each point against what is left of the parameters, the base on the right.
+ * @param {{name: string, size: number, speed: number | null, value: number | null}[]} points
+ * @param {string} name of the quality
+ */
+export function sizeCurve(points, name) {
+  const least = Math.min(...points.map((point) => point.size));
+  const x = { domain: [least - 0.06 * (1 - least), 1 + 0.04 * (1 - least)], label: "parameters left", tickFormat: "%" };
+  return curveOf(points, "size", x, name, (point) => `${number(100 * point.size, 1)} % of the parameters`);
+}
+
+/** The same against how many tokens are decoded a second. */
+export function speedCurve(points, name) {
+  const x = { label: "tokens decoded a second", nice: true };
+  return curveOf(points, "speed", x, name, (point) => `${number(point.speed, 1)} tokens a second`);
+}
+
+function curveOf(points, key, x, name, at) {
+  const known = points.filter((point) => typeof point.value === "number");
+  const high = Math.max(...known.map((point) => point.value));
+  const title = (point) => `${point.name === "base" ? "base" : `point ${point.name}`}\n${at(point)}\n${name} ${number(point.value)}`;
+  const isBase = (point) => point.name === "base";
+  return (width) =>
+    Plot.plot({
+      width,
+      height: Math.min(320, Math.max(220, width * 0.5)),
+      marginLeft: 48,
+      marginRight: 28,
+      marginTop: 28,
+      marginBottom: 42,
+      style,
+      x: { ...x, grid: true, ticks: width < 480 ? 4 : 8 },
+      y: { domain: [0, Math.min(1, 1.15 * high) || 1], nice: true, label: name, grid: true, ticks: 5 },
+      marks: [
+        Plot.line(known, { x: key, y: "value", stroke: "var(--accent)", strokeWidth: 2 }),
+        Plot.dot(known.filter(isBase), { x: key, y: "value", r: 6, fill: "var(--surface)", stroke: "var(--muted)", strokeWidth: 2.5 }),
+        Plot.dot(known.filter((point) => !isBase(point)), { x: key, y: "value", r: 6, fill: "var(--accent)", stroke: "var(--accent)" }),
+        Plot.text(known, { x: key, y: "value", text: "name", dy: -16, fontWeight: 600, stroke: "var(--surface)", strokeWidth: 4, fill: "var(--text)" }),
+        Plot.tip(known, Plot.pointer({ x: key, y: "value", title, fill: "var(--surface)", stroke: "var(--line)" })),
+      ],
+    });
+}
+
 /** The marks of the passes, in words: `● pass 1`. */
 export function passLegend(passes) {
   const keys = passes.map((pass) => {

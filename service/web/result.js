@@ -1,6 +1,6 @@
 // The result of a job, drawn from its report.json: on the page and, inlined, in report.html.
 import {
-  chart, dumbbells, intervals, map, modelLegend, MOST_LABELS, passLegend, predictions, shade, stageBars,
+  chart, dumbbells, intervals, map, modelLegend, MOST_LABELS, passLegend, predictions, shade, sizeCurve, speedCurve, stageBars,
 } from "./result-charts.js";
 import { bytes, count, element, fold, number, plural, pValue, range, seconds, signed, table } from "./result-elements.js";
 
@@ -11,7 +11,7 @@ import { bytes, count, element, fold, number, plural, pValue, range, seconds, si
  * @param {{links?: Record<string, string>}} [options] `links`: what can be downloaded, its address by its name
  */
 export function renderResult(root, report, { links = {} } = {}) {
-  const drawn = [verdict, gains, removed, structures, candidates, labels, price, changed, details];
+  const drawn = [verdict, curve, gains, removed, structures, candidates, labels, price, changed, details];
   const parts = drawn.map((part) => part(report, links)).filter(Boolean);
   const halves = parts.filter((part) => !part.classList.contains("wide"));
   if (halves.length % 2) halves.at(-1).classList.add("wide");
@@ -32,10 +32,14 @@ const sentence = (text, kind = null) => element("p", { class: kind }, text);
 
 function verdict(report, links) {
   const { model, removed: gone, improved } = report;
-  const [state, word] = improved
+  const [state, word] = compresses(report)
+    ? [improved ? "good" : "none", improved ? "Smaller and better" : "Smaller"]
+    : improved
     ? ["good", "Improved"]
     : report.verdict.startsWith("Worse") ? ["bad", "Worse: base returned"] : ["none", "No significant improvement"];
-  const what = hasLess(report)
+  const what = compresses(report)
+    ? `${removedWords(report)} are removed from ${model.id}. Nothing was trained, nothing added.`
+    : hasLess(report)
     ? `${removedWords(report)} are removed, in ${count(gone.modules)} of ` +
       `${plural(model.target_modules, "weight")} of ${model.id}. Nothing was trained, nothing added.`
     : `Nothing is removed from ${model.id}: what you get is the base model.`;
@@ -49,6 +53,39 @@ function verdict(report, links) {
     downloads.length ? element("p", { class: "links" }, ...downloads) : null,
   );
 }
+
+// --- how far it was compressed ------------------------------------------------------------------------------------
+
+const compresses = (report) => report.goal === "compress";
+
+function curve(report) {
+  if (!report.curve?.length) return null;
+  const metric = report.base.accuracy === null ? ["exact_match", "exact match"] : ["accuracy", "accuracy"];
+  const [key, name] = metric;
+  const base = { name: "base", parameters: 1, bytes: 1, ...scoresOf(report.base), speed: report.speed?.base };
+  const points = [base, ...report.curve.map((point) => ({ ...point, name: `${point.number}` }))];
+  const marks = points.map((point) => ({
+    name: point.name, size: point.parameters, speed: point.speed?.decode_tokens_per_second ?? null, value: point[key],
+  }));
+  const timed = marks.every((mark) => mark.speed);
+  const columns = ["model", "parameters", "bytes", "accuracy", "exact match", "loss", ...(timed ? ["tokens a second"] : []), "removed"];
+  const rows = points.map((point, k) => [
+    k ? `point ${point.name}` : "base", percent(point.parameters), percent(point.bytes), number(point.accuracy), number(point.exact_match),
+    number(point.loss), ...(timed ? [number(marks[k].speed, 1)] : []), point.removed ?? "",
+  ]);
+  const charts = [chart(`${name} against the part of the parameters that is left; the numbers are in the table below`, sizeCurve(marks, name))];
+  if (timed) charts.push(chart(`${name} against tokens decoded a second; the numbers are in the table below`, speedCurve(marks, name)));
+  return wideSection(
+    "Size against quality",
+    sentence("Each point is a model that can be downloaded: the base, then what each round left. The last point is the model of this job.", "note"),
+    element("div", { class: timed ? "columns" : null }, ...charts),
+    table("Base and points", columns, rows, { hideCaption: true }),
+  );
+}
+
+const targetOf = ({ target }) => Object.entries(target ?? {}).filter(([, value]) => value !== null).map((pair) => pair.join("="))[0];
+const scoresOf = ({ accuracy, exact_match, loss }) => ({ accuracy, exact_match, loss });
+const percent = (fraction) => `${number(100 * fraction, 1)} %`;
 
 // --- what it brought ----------------------------------------------------------------------------------------------
 
@@ -85,7 +122,7 @@ function figures(report) {
   const row = (key, name) => {
     const found = of[key];
     const change = found ? rate(found.value, [found.low, found.high], signed) : "–";
-    const p = element("span", { class: "nowrap" }, found && report.improved ? pValue(found.p) : "–");
+    const p = element("span", { class: "nowrap" }, found && (report.improved || compresses(report)) ? pValue(found.p) : "–");
     const before = report.base[`${key}_interval`], after = report.adapted[`${key}_interval`];
     return [name, rate(report.base[key], before), rate(report.adapted[key], after), change, p];
   };
@@ -345,7 +382,7 @@ function cost(report) {
     ["adaptation", `${number(spent.adaptation_fb, 1)} FB`],
     ["one FB", seconds(spent.fb_seconds)],
     ["peak memory", bytes(spent.peak_memory_bytes)],
-    ["adapter", bytes(spent.adapter_bytes)],
+    ...(spent.adapter_bytes ? [["adapter", bytes(spent.adapter_bytes)]] : []),
     ["whole model", bytes(spent.model_bytes)],
   ];
   const list = element("dl", { class: "facts" }, ...facts.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value))));
@@ -368,6 +405,8 @@ function details(report) {
   const settings = facts([
     ["model", `${model.id}, ${model.architecture}, ${model.dtype}, ${count(model.parameters)} parameters`],
     ["revision", model.revision],
+    ["goal", report.goal],
+    ["target", targetOf(report)],
     ["strategy", report.strategy],
     ...Object.entries(report.strategy_options ?? {}).map(([name, value]) => [name, JSON.stringify(value)]),
     ["objective", report.objective],
@@ -379,7 +418,7 @@ function details(report) {
     ["examples to test on", splits.test],
     ["folds", splits.folds],
     ["duplicates dropped", splits.duplicates_dropped],
-    ["largest logit difference of the adapter as read back", report.verification.adapter.toExponential(1)],
+    ["largest logit difference of the adapter as read back", report.verification.adapter?.toExponential(1)],
     ["the same of the whole model", report.verification.model.toExponential(1)],
     ["loss by rounding to 16 bits", typeof report.rounding_loss === "number" ? signed(report.rounding_loss, 4) : null],
   ]);

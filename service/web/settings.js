@@ -29,7 +29,7 @@ const OBJECTIVES = [
 ];
 
 /** What a new draft begins with. */
-export const DEFAULTS = { strategy: "components", passes: 3, objective: "both", prompt_format: "text", seed: 0, max_drift: "" };
+export const DEFAULTS = { goal: "improve", measure: "parameters", size: 80, strategy: "components", passes: 3, objective: "both", prompt_format: "text", seed: 0, max_drift: "" };
 
 /**
  * The controls; each writes into `draft` and calls `changed`.
@@ -55,6 +55,7 @@ export function settingsPanel(draft, changed) {
     ),
   );
   return [
+    ...goalFields(draft, changed),
     h("fieldset", { class: "options", id: "strategy" }, h("legend", {}, "Strategy"), strategies),
     field(
       "Passes, at most",
@@ -80,6 +81,66 @@ export function settingsPanel(draft, changed) {
   ];
 }
 
+const GOALS = [
+  ["improve", "A better model", "Removes what stands in the task's way. Where nothing is gained, you get the base model."],
+  [
+    "compress",
+    "A smaller model",
+    "Removes whole structures until the model is as small as you say, in as many rounds as there are passes, and gives you every round's model. Takes layers, neurons, heads, blocks or mixed; layers also make it faster.",
+  ],
+];
+
+/** The strategies that a model gets smaller by. */
+const SMALLER = ["layers", "neurons", "heads", "mixed", "blocks"];
+
+const MEASURES = [
+  ["parameters", "parameters"],
+  ["bytes", "bytes on the disk"],
+  ["decode_latency", "time that a token takes, as measured on the worker"],
+];
+
+/** What the job is for; of a smaller model also how small. */
+function goalFields(draft, changed) {
+  const size = h(
+    "div",
+    { hidden: draft.goal !== "compress" },
+    field(
+      "What is to be left, in % of the base",
+      number("target", { min: 1, max: 99, step: "any" }, draft.size, (value) => {
+        draft.size = value;
+        changed();
+      }),
+    ),
+    field(
+      "Of what",
+      select("measure", MEASURES, draft.measure, (value) => {
+        draft.measure = value;
+        changed();
+      }),
+    ),
+  );
+  const goals = GOALS.map(([value, label, text]) =>
+    h(
+      "label",
+      { class: "option" },
+      h("input", {
+        type: "radio",
+        name: "goal",
+        value,
+        checked: draft.goal === value,
+        onchange: () => {
+          draft.goal = value;
+          size.hidden = value !== "compress";
+          if (value === "compress" && !SMALLER.includes(draft.strategy)) document.querySelector("input[name=strategy][value=layers]").click();
+          changed();
+        },
+      }),
+      h("span", {}, h("strong", {}, label), " ", h("span", { class: "hint" }, text)),
+    ),
+  );
+  return [h("fieldset", { class: "options", id: "goal" }, h("legend", {}, "Goal"), goals), size];
+}
+
 function number(id, limits, value, changed) {
   const control = h("input", { type: "number", id, ...limits, oninput: () => changed(control.value) });
   control.value = String(value);
@@ -89,7 +150,10 @@ function number(id, limits, value, changed) {
 /** The fields of `POST /v1/jobs` that the controls stand for. A number that is none is sent as it is, and refused. */
 export function settingsOf(draft) {
   const whole = (text) => (String(text).trim() === "" || Number.isNaN(Number(text)) ? text : Number(text));
+  const size = whole(draft.size);
   return {
+    goal: draft.goal,
+    target: draft.goal === "compress" ? { [draft.measure]: typeof size === "number" ? size / 100 : size } : null,
     strategy: draft.strategy,
     passes: whole(draft.passes),
     objective: draft.objective,

@@ -1,0 +1,226 @@
+"""`goal: compress`: rounds down to a size, each of which gives a model that stock transformers loads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from service import models
+from service.errors import InvalidInput
+from service.jobs import JobSpec, Stage
+from service.reports import Report
+from tests import tiny
+from tests.live import ServeProcess, install, spec, wait_until
+from workers.adaptation import adapt, encode_for, layout_for
+from workers.evaluation import evaluate
+from workers.loading import Checkpoint, load
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHAPE = {"num_hidden_layers": 6, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4}
+
+
+class Compressed:
+    """One compression of a tiny model, and what it left."""
+
+    def __init__(self, folder: Path, out: Path, **fields: Any) -> None:
+        out.mkdir(parents=True)
+        self.folder, self.out = folder, out
+        self.told: list[tuple[Stage, float, str]] = []
+        body = {"model": folder.name, "examples": tiny.learnable_examples(96), "goal": "compress", "passes": 3}
+        self.spec = JobSpec.parse(body | fields)
+        model = models.resolve(folder.parent, folder.name)
+        self.report: Report = adapt(
+            self.spec,
+            model,
+            out,
+            cache=out.parent / "cache",
+            on_progress=lambda stage, percent, eta, message: self.told.append((stage, percent, message)),
+        )
+
+    def numbers(self, path: str) -> int:
+        """Of a written model, as stock transformers loads it."""
+        return _numbers(self.out / path)
+
+
+def _numbers(folder: Path) -> int:
+    return sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six layers, which are most of it."""
+    return tiny.build("llama", tmp_path_factory.mktemp("compress") / "six", shape=SHAPE)
+
+
+@pytest.fixture(scope="module")
+def layers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Compressed:
+    out = tmp_path_factory.mktemp("compressed") / "layers"
+    return Compressed(model, out, strategy="layers", target={"parameters": 0.5})
+
+
+def test_every_round_gives_a_smaller_model_that_loads(layers: Compressed) -> None:
+    report = layers.report
+    assert [point.number for point in report.curve] == [1, 2, 3]
+    assert [point.path for point in report.curve] == ["points/1/model", "points/2/model", "model"]
+    sizes = [point.parameters for point in report.curve]
+    # Evenly spread, as near as whole layers come.
+    for size, wanted in zip(sizes, (1 - 0.5 / 3, 1 - 1 / 3, 0.5), strict=True):
+        assert wanted - 0.16 < size <= wanted
+    # What is on the disk is as small as the curve says.
+    base = _numbers(layers.folder)
+    assert [layers.numbers(point.path) / base for point in report.curve] == pytest.approx(sizes)
+    assert all(point.bytes < size + 0.05 for point, size in zip(report.curve, sizes, strict=True))
+    assert report.goal == "compress" and str(report.target) == "parameters=0.5"
+    assert report.verdict.startswith(f"{100 * sizes[-1]:.1f} % of the base's parameters; accuracy ")
+    assert sorted(path.name for path in layers.out.iterdir()) == ["model", "points", "report.html", "report.json"]
+    assert report.verification.adapter is None and report.verification.model < 1e-3
+    assert not (layers.out / "adapter").exists() and report.cost.adapter_bytes == 0
+    percents = [percent for _, percent, _ in layers.told]
+    assert percents == sorted(percents)
+
+
+def test_the_curve_is_what_the_written_models_do(layers: Compressed) -> None:
+    test_split = _test_split(layers)
+    for point in layers.report.curve:
+        written: Checkpoint = load(layers.out / point.path)
+        outcome = evaluate(written.model, test_split, layers.spec.objective, layout_for(written, test_split))
+        assert outcome.correct.mean() == pytest.approx(point.accuracy)
+        assert outcome.exact.mean() == pytest.approx(point.exact_match)
+        assert outcome.loss.mean() == pytest.approx(point.loss, abs=1e-4)
+    last = layers.report.curve[-1]
+    assert (last.accuracy, last.exact_match) == (layers.report.adapted.accuracy, layers.report.adapted.exact_match)
+
+
+def _test_split(run: Compressed) -> list[Any]:
+    """The examples that the job tested on, divided again."""
+    from workers.splits import divide
+
+    base = load(run.folder)
+    encoded = encode_for(base, run.spec.examples, prompt_format=run.spec.prompt_format, context=None, name="examples")
+    return divide(encoded, None, None, run.spec.seed).test
+
+
+def test_layers_that_are_gone_take_all_that_was_in_them(layers: Compressed) -> None:
+    gone = {entry.layer for entry in layers.report.structures}
+    assert len(gone) == sum(len(entry.indices) for entry in layers.report.structures)
+    assert not any(module.layer in gone for module in layers.report.modules if _planned(layers.report, module.module))
+
+
+def _planned(report: Report, module: str) -> bool:
+    return any(entry.module == module for entry in report.plan)
+
+
+@pytest.mark.parametrize(
+    ("fields", "least"),
+    [
+        ({"strategy": "layers", "target": {"parameters": 0.05}}, 0.05),
+        ({"strategy": "heads", "target": {"parameters": 0.3}}, 0.3),
+        ({"strategy": "neurons", "target": {"bytes": 0.2}}, 0.2),
+    ],
+)
+def test_a_target_out_of_reach_is_refused_with_what_can_be_reached(
+    model: Path, tmp_path: Path, fields: dict[str, Any], least: float
+) -> None:
+    with pytest.raises(InvalidInput, match="can fall to 0") as refusal:
+        Compressed(model, tmp_path / "out", **fields)
+    assert refusal.value.param == "target"
+    told = float(refusal.value.message.partition("can fall to ")[2].partition(" ")[0])
+    assert told > least
+    # What it says holds.
+    (measure,) = fields["target"]
+    run = Compressed(model, tmp_path / "reached", **fields | {"target": {measure: told}, "passes": 1})
+    assert len(run.report.curve) == 1 and run.report.curve[0].parameters <= told + 0.1
+
+
+@pytest.fixture(scope="module")
+def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
+    data = tmp_path_factory.mktemp("served")
+    install(model, data, "six")
+    running = ServeProcess(data)
+    yield running
+    assert running.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def job(served: ServeProcess) -> dict[str, Any]:
+    """A job of few examples, which are cross-fitted."""
+    body = spec(
+        model="six", examples=tiny.learnable_examples(20), goal="compress", target="parameters=0.6", strategy="layers"
+    )
+    submitted = served.http.post("/v1/jobs", json=body | {"passes": 2}).json()
+
+    def ended() -> dict[str, Any] | None:
+        found = dict(served.http.get(f"/v1/jobs/{submitted['id']}", params={"wait": 30}).json())
+        return found if found["finished_at"] else None
+
+    return wait_until(ended, 240, "the job has ended")
+
+
+def test_a_job_of_few_examples_is_compressed_and_cross_validated(served: ServeProcess, job: dict[str, Any]) -> None:
+    assert (job["status"], job["goal"]) == ("succeeded", "compress"), job["error"]
+    report = Report.model_validate(served.http.get(f"/v1/jobs/{job['id']}/report").json())
+    assert report.splits.cross_validated and report.splits.folds
+    assert [point.parameters <= size for point, size in zip(report.curve, (0.8, 0.6), strict=True)] == [True, True]
+    assert job["result"]["verdict"] == report.verdict
+
+
+def test_every_point_is_downloaded(served: ServeProcess, job: dict[str, Any], tmp_path: Path) -> None:
+    for point, path in ((1, "points/1/model"), (2, "model")):
+        answer = served.http.get(f"/v1/jobs/{job['id']}/model.zip", params={"point": point})
+        assert answer.status_code == 200
+        with zipfile.ZipFile(BytesIO(answer.content)) as archive:
+            archive.extractall(tmp_path)
+        unzipped = tmp_path / f"{job['id']}-point-{point}" / "model"
+        command = ["download", job["id"], "--point", str(point), "--out", str(tmp_path / "out"), "--url", served.url]
+        done = subprocess.run(
+            [sys.executable, "-m", "service.cli", *command, "--json"], stdout=subprocess.PIPE, check=True
+        )
+        fetched = {Path(file).relative_to(tmp_path / "out") for file in json.loads(done.stdout)["files"]}
+        assert fetched >= {Path(path) / file.name for file in unzipped.iterdir()}
+        assert {file.parts[0] for file in fetched} == {path.partition("/")[0], "report.html", "report.json"}
+        AutoModelForCausalLM.from_pretrained(unzipped)
+        for file in unzipped.iterdir():
+            assert (tmp_path / "out" / path / file.name).read_bytes() == file.read_bytes()
+
+
+def test_what_is_not_there_is_told_in_words(served: ServeProcess, job: dict[str, Any]) -> None:
+    no_adapter = served.http.get(f"/v1/jobs/{job['id']}/adapter.zip")
+    assert no_adapter.status_code == 404
+    assert "model.zip" in no_adapter.json()["error"]["message"]
+    no_point = served.http.get(f"/v1/jobs/{job['id']}/model.zip", params={"point": 3})
+    assert (no_point.status_code, no_point.json()["error"]["param"]) == (404, "point")
+    assert "1 to 2" in no_point.json()["error"]["message"]
+
+
+def test_both_models_answer_a_try(served: ServeProcess, job: dict[str, Any]) -> None:
+    asked = served.http.post(f"/v1/jobs/{job['id']}/tries", json={"prompt": "Item 3: answer", "max_tokens": 4}).json()
+    at = f"/v1/jobs/{job['id']}/tries/{asked['id']}"
+
+    def ended() -> dict[str, Any] | None:
+        found = dict(served.http.get(at, params={"wait": 10}).json())
+        return found if found["status"] in ("succeeded", "failed") else None
+
+    answer = wait_until(ended, 60, "the try has ended")
+    assert answer["status"] == "succeeded", answer
+    assert answer["base"] is not None and answer["adapted"] is not None
+
+
+def test_a_dry_run_counts_every_model(served: ServeProcess, model: Path) -> None:
+    def told(**fields: Any) -> dict[str, Any]:
+        body = spec(model="six", goal="compress", target="parameters=0.6", strategy="layers") | fields
+        return dict(served.http.post("/v1/jobs", params={"dry_run": True}, json=body).json())
+
+    one, four = told(passes=1), told(passes=4)
+    size = models.resolve(model.parent, model.name).bytes
+    assert four["disk_bytes"] - one["disk_bytes"] == pytest.approx(3 * size, rel=0.01)
+    assert four["stages"]["backward"] >= one["stages"]["backward"]
