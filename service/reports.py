@@ -152,6 +152,32 @@ class Shipped(Strict):
     """What is really gone, in words: `layers 3 and 7`."""
     zeros: list[Zeros]
 
+    def words(self, of_base: int) -> list[str]:
+        """What is really gone, and what stands as zeros, a sentence each; none of what there is nothing.
+
+        Args:
+            of_base: its parameters.
+        """
+        words = []
+        if self.gone:
+            part = f"{100 * self.parameters / of_base:.1f} %"
+            words.append(
+                f"model/ has {self.parameters:,} parameters, {part} of the base's: without {'; '.join(self.gone)}."
+            )
+        if self.zeros:
+            words.append(f"Standing as zeros: {'; '.join(f'{each.what} ({each.why})' for each in self.zeros)}.")
+        return words
+
+
+class Factored(Strict):
+    """`factored/`: the same model with its weights of low rank as two factors each, and what loads them."""
+
+    weights: int
+    """Those in two factors."""
+    parameters: int
+    bytes: int
+    """Of its weights' files."""
+
 
 class SkippedModule(Strict):
     """A weight inside the blocks that cannot be handled, and why."""
@@ -292,6 +318,8 @@ class Report(JobResult):
     modules: list[TargetModule]
     """Every one that could be touched, in the model's order."""
     skipped_modules: list[SkippedModule]
+    factored: Factored | None = None
+    """Null where it would not save a hundredth of the model's numbers."""
     shipped: Shipped | None = None
     """Null in reports of before there was such."""
     verification: Verification
@@ -311,20 +339,17 @@ class Report(JobResult):
         return OPTIONS[info.data["strategy"]].model_validate(value) if isinstance(value, dict) else value
 
     def shipped_words(self) -> list[str]:
-        """What `model/` is, a sentence each: what is really gone from it, and what stands as zeros. None where it is
-        as large as the base and holds no zeros."""
-        if self.shipped is None:
+        """What `model/` is beside the base, and what `factored/` is, in sentences."""
+        return (self.shipped.words(self.model.parameters) if self.shipped else []) + self._factored_words()
+
+    def _factored_words(self) -> list[str]:
+        if self.factored is None or self.shipped is None:
             return []
-        words = []
-        if self.shipped.gone:
-            part = self.shipped.parameters / self.model.parameters
-            words.append(
-                f"model/ has {self.shipped.parameters:,} parameters, {part:.1%} of the base's: "
-                f"without {', '.join(self.shipped.gone)}."
-            )
-        if self.shipped.zeros:
-            words.append(f"As zeros stand {'; '.join(f'{each.what} ({each.why})' for each in self.shipped.zeros)}.")
-        return words
+        part = self.factored.bytes / self.shipped.bytes
+        return [
+            f"factored/ has {self.factored.weights:,} weights as two factors each: {self.factored.parameters:,} "
+            f"parameters, {part:.1%} of model/'s bytes."
+        ]
 
     def brief(self) -> JobResult:
         """What the job's record holds of it."""

@@ -132,6 +132,11 @@ def _map(report: Report, console: Console) -> RenderableType:
     removed: Counter[str] = Counter()
     for entry in report.plan:
         removed[entry.module] += len(entry.components)
+    if not removed and report.structures:
+        kinds: Counter[str] = Counter()
+        for structure in report.structures:
+            kinds[structure.kind] += len(structure.indices)
+        return Text(f"structures removed: {', '.join(f'{kind} {count:,}' for kind, count in kinds.items())}")
     if not removed:
         if report.removed.structures:
             return Text("No components were removed beside the structures.")

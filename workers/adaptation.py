@@ -19,7 +19,7 @@ from service.goals import Goal
 from service.jobs import Example, JobSpec, PromptFormat, Stage
 from service.masks import check_masks
 from service.models import Model, check_unchanged
-from service.reports import ChangedExample, Report, Shipped, SkippedModule, Verification
+from service.reports import ChangedExample, Factored, Report, Shipped, SkippedModule, Verification
 from service.strategies import ComponentsOptions
 from service.tokenizer_files import working_tokenizer
 from workers import masked
@@ -30,6 +30,7 @@ from workers.compressing import make_chooser
 from workers.drift import NeutralText, encode_neutral, paragraphs
 from workers.evaluation import Outcome, answer_logits, evaluate, honours_tree_mask
 from workers.examples import LOGIT_BUDGET, TOKEN_BUDGET, TOKEN_BUDGET_CUDA, Batch, Encoded, Layout, batches, encode
+from workers.factoring import add_factored
 from workers.footprint import Footprint
 from workers.loading import Checkpoint, load
 from workers.model_card import write_cards
@@ -123,7 +124,8 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
         rounding_loss = _rounding_loss(subject, plan, (splits.test or splits.pool)[:ROUNDED_EXAMPLES])
 
     with progress.stage(Stage.PUBLISHING, "writing the adapter and the model"):
-        verification, shipped = _publish(out, spec, base, search, plan, (splits.test or splits.pool)[:CHECKED_EXAMPLES])
+        checked = (splits.test or splits.pool)[:CHECKED_EXAMPLES]
+        verification, shipped, factored = _publish(out, spec, base, search, plan, checked)
         points = curve(rounds, {k: tested[k].outcome for k in tested}, out, model.folder) if rounds else []
         check_unchanged(model)
 
@@ -141,6 +143,7 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
             verdict,
             plan,
             shipped,
+            factored,
             verification,
             rounding_loss,
             [*skipped, *without, *_unreached(search, targets)],
@@ -172,21 +175,22 @@ def _aim(spec: JobSpec, model: Model, base: Checkpoint, units: Sequence[Unit]) -
 
 def _publish(
     out: Path, spec: JobSpec, base: Checkpoint, search: Search, plan: Plan, examples: Sequence[Encoded]
-) -> tuple[Verification, Shipped]:
+) -> tuple[Verification, Shipped, Factored | None]:
     """Write what is returned, and read it back: an adapter and a model, or the model of every round."""
     subject = search.subject
     if spec.goal is Goal.IMPROVE:
-        folder, name = out / "adapter", spec.model
-        write_adapter(folder, name, subject.targets, subject.spectra, plan, subject.units, masked=base.masked)
-        shipped = write_model(out / "model", base, subject.targets, subject.spectra, plan, subject.units)
+        taken = (subject.targets, subject.spectra, plan, subject.units)
+        write_adapter(out / "adapter", spec.model, *taken, masked=base.masked)
+        shipped = write_model(out / "model", base, *taken)
+        factored = None if shipped.gone else add_factored(out, base, *taken)
         adapter, merged = reload_check(out, base, *_checking(base, subject, plan, examples))
-        return Verification(adapter=adapter, model=merged), shipped
+        return Verification(adapter=adapter, model=merged), shipped, factored
     largest = 0.0
     for place in places(len(search.plans) - 1):
         own, folder = search.plans[place.number], out / place.folder
         shipped = write_model(folder / "model", base, subject.targets, subject.spectra, own, subject.units)
         largest = max(largest, model_check(folder, base, *_checking(base, subject, own, examples)))
-    return Verification(adapter=None, model=largest), shipped
+    return Verification(adapter=None, model=largest), shipped, None
 
 
 def _encode(spec: JobSpec, base: Checkpoint, context: int | None) -> Splits:

@@ -191,9 +191,7 @@ def _write(folder: Path, pruned: Pruned, anatomy: Anatomy, smaller: Smaller) -> 
 @torch.no_grad()
 def _distance(folder: Path, pruned: Pruned) -> float:
     """The largest difference of logits between a written model and the one in memory, on tokens drawn by chance."""
-    device = next(pruned.base.model.parameters()).device
-    draw = torch.Generator().manual_seed(0)
-    tokens = torch.randint(pruned.base.vocabulary, (2, CHECKED_TOKENS), generator=draw).to(device)
+    tokens = checked_tokens(pruned.base)
     with pruned.applied():
         expected = pruned.base.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
     found = load_model(folder)(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
@@ -242,6 +240,13 @@ def _check(difference: float, artifact: str, base: Checkpoint) -> None:
             f"the {artifact} read back differs from the adapted model by {difference:.2g}, at most {limit:g} is "
             "allowed; nothing was published"
         )
+
+
+def checked_tokens(base: Checkpoint) -> Tensor:
+    """(2, CHECKED_TOKENS) drawn by chance, always the same."""
+    draw = torch.Generator().manual_seed(0)
+    drawn = torch.randint(base.vocabulary, (2, CHECKED_TOKENS), generator=draw)
+    return drawn.to(next(base.model.parameters()).device)
 
 
 def limit_of(dtype: torch.dtype) -> float:

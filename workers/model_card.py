@@ -17,15 +17,13 @@ from huggingface_hub import EvalResult, ModelCardData
 from service.curves import filled
 from service.goals import Goal
 from service.jobs import PromptFormat
-from service.reports import CurvePoint, Metrics, Report
+from service.reports import CurvePoint, Metrics, Report, Shipped
+from workers.card_usage import use_adapter, use_factored, use_model
 
 MOST_LABELS = 12
 LONGEST_LABEL = 24
-# What vLLM's `--max-lora-rank` may be.
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Of a base's own card, so much is read.
 CARD_BYTES = 65536
-COMMIT = re.compile(r"[0-9a-f]{40}")
 # A licence's ID in a card's front matter, and what the texts of the commonest say.
 LICENSE_LINE = re.compile(r"^license:\s*[\"']?([a-z0-9][a-z0-9.+-]{1,40})[\"']?\s*$", re.MULTILINE)
 LICENSE_TEXTS = {
@@ -46,17 +44,27 @@ def write_cards(out: Path, report: Report, base: Path, *, masked: bool) -> None:
     about = _about(report, licence)
     pipeline = "fill-mask" if masked else "text-generation"
     model = _front_matter(report, licence, pipeline, library="transformers", relation="finetune")
-    (out / "model" / "README.md").write_text(f"{model}\n{about}\n{_use_model(report, masked=masked)}")
+    use = use_model(report, _shipped(out / "model", report), masked=masked)
+    (out / "model" / "README.md").write_text(f"{model}\n{about}\n{use}")
+    if report.factored is not None:
+        (out / "factored" / "README.md").write_text(f"{model}\n{about}\n{use_factored(report, masked=masked)}")
     for point in report.curve[:-1]:
         front = _front_matter(report, licence, pipeline, library="transformers", relation="finetune", scores=point)
-        text = f"{front}\n{_about_point(report, point, licence)}\n{_use_model(report, masked=masked)}"
+        use = use_model(report, _shipped(out / point.path, report), masked=masked)
+        text = f"{front}\n{_about_point(report, point, licence)}\n{use}"
         (out / point.path / "README.md").write_text(text)
     if not (out / "adapter").is_dir():
         return
     rank = int(json.loads((out / "adapter" / "adapter_config.json").read_text())["r"])
     adapter = _front_matter(report, licence, pipeline, library="peft", relation="adapter")
-    adapter_use = _use_adapter(report, rank, masked=masked)
+    adapter_use = use_adapter(report, rank, masked=masked)
     (out / "adapter" / "README.md").write_text(f"{adapter}\n{about}\n{adapter_use}")
+
+
+def _shipped(folder: Path, report: Report) -> list[str]:
+    """What a written model is beside its base, in sentences."""
+    written = Shipped.model_validate_json((folder / "manifest.json").read_text())
+    return written.words(report.model.parameters)
 
 
 def find_license(folder: Path) -> str | None:
@@ -237,11 +245,6 @@ def _plan(report: Report) -> str:
     return f"## What was removed\n\n{table}\n\nThe report lists every one.\n\n"
 
 
-def _shipped(report: Report) -> str:
-    """What of it the model's files show."""
-    return "".join(f"\n{words}\n" for words in report.shipped_words())
-
-
 def _side_effects(report: Report) -> str:
     if not report.improved and report.goal is Goal.IMPROVE:
         return "None: it is the base model."
@@ -251,84 +254,3 @@ def _side_effects(report: Report) -> str:
         f"token to this model's, over {report.drift.tokens:,} tokens that have nothing to do with the task. It was "
         "adapted to one task; nothing else was tested."
     )
-
-
-# --- how to load it ---------------------------------------------------------------------------------------------
-
-
-def _pinned(report: Report) -> str:
-    """The base's ID as an argument, with its commit where it is one of the Hub's."""
-    model = report.model
-    pin = f', revision="{model.revision}"' if "/" in model.id and COMMIT.fullmatch(model.revision) else ""
-    return f'"{model.id}"{pin}'
-
-
-def _ask(report: Report, *, masked: bool) -> str:
-    """Lines that get an answer of `model` by `tokenizer`."""
-    if masked:
-        return """prompt = f"... {tokenizer.mask_token} ..."  # as in the examples
-inputs = tokenizer(prompt, return_tensors="pt")
-at = inputs["input_ids"][0] == tokenizer.mask_token_id
-print(tokenizer.decode(model(**inputs).logits[0, at].argmax(-1)))"""
-    if report.prompt_format is PromptFormat.CHAT:
-        return """messages = [{"role": "user", "content": "..."}]  # as in the examples
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-answer = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1]:]
-print(tokenizer.decode(answer))"""
-    return """prompt = "..."  # as in the examples, to the letter
-inputs = tokenizer(prompt, return_tensors="pt")
-answer = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1]:]
-print(tokenizer.decode(answer))"""
-
-
-def _use_adapter(report: Report, rank: int, *, masked: bool) -> str:
-    auto = "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"
-    base = _pinned(report)
-    return f"""## Use
-
-The adapter is a LoRA that subtracts what was removed, exactly. With PEFT:
-
-```python
-from peft import PeftModel
-from transformers import {auto}, AutoTokenizer
-
-base = {auto}.from_pretrained({base}, dtype="auto")  # or a folder that holds it
-tokenizer = AutoTokenizer.from_pretrained({base})
-model = PeftModel.from_pretrained(base, "adapter").eval()  # this folder
-{_ask(report, masked=masked)}
-```
-
-`model.merge_and_unload()` puts it into the weights.
-{"" if masked else _vllm(report, rank)}"""
-
-
-def _vllm(report: Report, rank: int) -> str:
-    allowed = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
-    if allowed is None:
-        return f"\nvLLM takes adapters up to rank {VLLM_RANKS[-1]}, this one has {rank}: serve the merged model.\n"
-    return f"""
-With vLLM, which serves it beside other adapters of the same base (not tested by the job):
-
-```sh
-vllm serve {report.model.id} --enable-lora --max-lora-rank {allowed} --lora-modules adapted=./adapter
-```
-"""
-
-
-def _use_model(report: Report, *, masked: bool) -> str:
-    auto = "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"
-    served = "" if masked else "\nWith vLLM (not tested by the job):\n\n```sh\nvllm serve ./model\n```\n"
-    return f"""## Use
-
-These are the base model's files with the pruned weights in them.
-{_shipped(report)}
-With transformers:
-
-```python
-from transformers import {auto}, AutoTokenizer
-
-model = {auto}.from_pretrained("model", dtype="auto").eval()  # this folder
-tokenizer = AutoTokenizer.from_pretrained("model")
-{_ask(report, masked=masked)}
-```
-{served}"""

@@ -17,6 +17,7 @@ from service.reports import (
     ChangedExample,
     Cost,
     CurvePoint,
+    Factored,
     ModelInfo,
     Outlook,
     PlanEntry,
@@ -66,6 +67,7 @@ class Findings:
     plan: Plan
     """What is returned: empty if that is the base."""
     shipped: Shipped
+    factored: Factored | None
     verification: Verification
     rounding_loss: float | None
     skipped: list[SkippedModule]
@@ -130,6 +132,7 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
         structures=structures,
         modules=modules,
         skipped_modules=found.skipped,
+        factored=found.factored,
         shipped=found.shipped,
         verification=found.verification,
         rounding_loss=found.rounding_loss,

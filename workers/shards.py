@@ -113,7 +113,7 @@ def tensor_owners(folder: Path, model: nn.Module, wanted: Mapping[str, nn.Parame
         with safe_open(shard, framework="pt") as opened:
             keys = set(opened.keys())
             for name, parameter in wanted.items():
-                for key in _spellings(model, name):
+                for key in spellings(model, name):
                     if name not in found and key in keys:
                         stored, own = opened.get_tensor(key), parameter.detach().cpu()
                         if stored.shape == own.shape and torch.equal(stored.to(own.dtype), own):
@@ -138,7 +138,7 @@ def layer_names(folder: Path, model: nn.Module, prefix: str, count: int, kept: S
         with safe_open(shard, framework="pt") as opened:
             keys += opened.keys()
     own = {str(layer) for layer in range(count)}
-    for spelt in _spellings(model, prefix):
+    for spelt in spellings(model, prefix):
         inside = [key for key in keys if key.startswith(f"{spelt}.")]
         if {key.removeprefix(f"{spelt}.").partition(".")[0] for key in inside} == own:
             break
@@ -154,6 +154,7 @@ def layer_names(folder: Path, model: nn.Module, prefix: str, count: int, kept: S
     return names
 
 
-def _spellings(model: nn.Module, name: str) -> tuple[str, str, str]:
+def spellings(model: nn.Module, name: str) -> tuple[str, str, str]:
+    """What a checkpoint may call what has this name in the model."""
     prefix = getattr(model, "base_model_prefix", "")
     return name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"

@@ -172,11 +172,19 @@ function shippedWords({ model, shipped }) {
   if (shipped?.gone.length) {
     words.push(
       `The downloaded model has ${plural(shipped.parameters, "parameter")}, ` +
-      `${number((100 * shipped.parameters) / model.parameters, 1)} % of the base's: without ${shipped.gone.join(", ")}.`,
+      `${number((100 * shipped.parameters) / model.parameters, 1)} % of the base's: without ${shipped.gone.join("; ")}.`,
     );
   }
-  for (const { what, why } of shipped?.zeros ?? []) words.push(`As zeros stand ${what}: ${why}.`);
+  for (const { what, why } of shipped?.zeros ?? []) words.push(`Standing as zeros: ${what} (${why}).`);
   return words;
+}
+
+/** What the weights of low rank save as two factors each. */
+function factoredWords({ shipped, factored }) {
+  if (!factored || !shipped) return null;
+  const part = number((100 * factored.bytes) / shipped.bytes, 1);
+  return `Under factored/ are ${plural(factored.weights, "weight")} as two factors each: ${part} % of the bytes of ` +
+    "model/, loaded by the file beside them.";
 }
 
 function removed(report) {
@@ -199,6 +207,7 @@ function removed(report) {
   const readout = element("p", { class: "readout", "aria-live": "polite" }, hint);
   const tell = (text) => { readout.textContent = text; };
   const name = `Map of removed components: ${report.removed.components} in ${report.removed.modules} weights`;
+  const smaller = factoredWords(report);
   const touched = cells.filter((cell) => cell.removed).sort((a, b) => b.removed - a.removed);
   const rows = touched.map((cell) => [
     cell.module, `${cell.layer}`, count(cell.removed), count(cell.components), `${number(100 * cell.norm, 1)} %`,
@@ -206,6 +215,7 @@ function removed(report) {
   return section(
     "What was removed",
     sentence("One cell is one weight of the model; the stronger its colour, the more components it lost.", "note"),
+    smaller ? sentence(smaller) : null,
     chart(name, map(cells, tell), { role: "group" }),
     shades(most),
     readout,
