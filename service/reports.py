@@ -348,7 +348,7 @@ class Report(JobResult):
         part = self.factored.bytes / self.shipped.bytes
         return [
             f"factored/ has {self.factored.weights:,} weights as two factors each: {self.factored.parameters:,} "
-            f"parameters, {part:.1%} of model/'s bytes."
+            f"parameters, {100 * part:.1f} % of model/'s bytes."
         ]
 
     def brief(self) -> JobResult:

@@ -124,8 +124,7 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
         rounding_loss = _rounding_loss(subject, plan, (splits.test or splits.pool)[:ROUNDED_EXAMPLES])
 
     with progress.stage(Stage.PUBLISHING, "writing the adapter and the model"):
-        checked = (splits.test or splits.pool)[:CHECKED_EXAMPLES]
-        verification, shipped, factored = _publish(out, spec, base, search, plan, checked)
+        verification, shipped, factored = _publish(out, spec, base, search, plan, splits)
         points = curve(rounds, {k: tested[k].outcome for k in tested}, out, model.folder) if rounds else []
         check_unchanged(model)
 
@@ -174,10 +173,10 @@ def _aim(spec: JobSpec, model: Model, base: Checkpoint, units: Sequence[Unit]) -
 
 
 def _publish(
-    out: Path, spec: JobSpec, base: Checkpoint, search: Search, plan: Plan, examples: Sequence[Encoded]
+    out: Path, spec: JobSpec, base: Checkpoint, search: Search, plan: Plan, splits: Splits
 ) -> tuple[Verification, Shipped, Factored | None]:
     """Write what is returned, and read it back: an adapter and a model, or the model of every round."""
-    subject = search.subject
+    subject, examples = search.subject, (splits.test or splits.pool)[:CHECKED_EXAMPLES]
     if spec.goal is Goal.IMPROVE:
         taken = (subject.targets, subject.spectra, plan, subject.units)
         write_adapter(out / "adapter", spec.model, *taken, masked=base.masked)
