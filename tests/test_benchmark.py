@@ -32,6 +32,7 @@ from workers.benchmark.cells import OBJECTIVE, Bench, Cell, encode_split, prepar
 from workers.benchmark.methods import components, majority
 from workers.benchmark.plots import write_plots
 from workers.benchmark.records import CandidateRow, Records, Row, Run
+from workers.benchmark.runs import make_row
 from workers.benchmark.tables import render, summarise
 from workers.benchmark.tasks import Sizes, find_tasks, split
 from workers.cli import bench
@@ -539,6 +540,19 @@ def test_unstructured_magnitude_takes_the_smallest_entries_of_all_weights(loaded
     assert before[gone].max() <= before[~gone & (before != 0)].min()
 
 
+def test_a_compressed_model_is_written_and_measured_beside_the_base(loaded: Bench, tasks: Path) -> None:
+    cell = cell_of(loaded, tasks, "planted")
+    name = "compress/neurons@0.9"
+    measured = methods.measure(cell, [name], []).by_method[name]
+    row = make_row(cell, name, measured)
+    assert row.left is not None
+    assert row.left <= 0.9
+    assert row.model_bytes == pytest.approx(row.left, abs=0.02)
+    assert row.decode is not None
+    assert row.decode > 0
+    assert row.peak_memory is not None
+
+
 @pytest.mark.parametrize("name", ["heads", "neurons", "mixed"])
 def test_a_pass_of_structures_is_that_of_a_job(loaded: Bench, tasks: Path, name: str) -> None:
     cell = cell_of(loaded, tasks, "planted")
@@ -559,6 +573,8 @@ def test_a_pass_of_structures_is_that_of_a_job(loaded: Bench, tasks: Path, name:
     [
         ("heads/wanda", "heads/groups, heads/magnitude, heads/michel"),
         ("magnitude", "magnitude@0.9"),
+        ("compress/blocks@0.9", "compress/layers@0.8"),
+        ("compress/layers", "compress/layers@0.8"),
         ("mixed@0.8", "layers/whole"),
         ("layer", "no method layer; there are"),
     ],

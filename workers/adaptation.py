@@ -70,7 +70,7 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
     """
     check_masks(model, spec)
     compressing = spec.goal is Goal.COMPRESS
-    progress = Progress(spec.passes * (2 if compressing else 1), on_progress)
+    progress = Progress(Rounds.steps(spec.passes) if compressing else spec.passes, on_progress)
     with progress.stage(Stage.LOADING, "loading the model"):
         base = load(model.folder)
         check_unchanged(model)

@@ -1,8 +1,13 @@
 """`compress`: down to a target in rounds, each of which gives a model smaller than the one before.
 
 A round takes the effects of all structures, removes what `workers.compressing` chooses until the round's size is
-reached, and then makes one pass of `components` on what is left: removing components mends what removing structures
-hurt. Sizes are spread evenly: round r of P leaves 1 - (1 - target) r / P.
+reached, and then makes a pass of `components` on what is left, up to P of them in the last round: removing components
+mends what removing structures hurt. Sizes are spread evenly: round r of P leaves 1 - (1 - target) r / P.
+
+Structures are chosen on a model that does the task: the first round begins with a pass of components, and its and every
+round's components are put back only when the choice is made. Of a base model that does not know what is asked of it the
+loss falls where layers go that change what it says at all, and those are not the ones that the task can do without.
+Components are chosen afresh each round: those of another model are stale.
 
 Every track of the search (`workers.search`) chooses for itself, on examples that it is not judged by: on the selection
 split where there is one, else on those of the other folds.
@@ -22,7 +27,7 @@ from torch import Tensor
 from service.errors import InternalError, InvalidInput
 from service.goals import Measure, Target
 from service.jobs import Stage
-from service.reports import Candidate
+from service.reports import Candidate, PassReport
 from workers.compressing import NOUNS, Chooser
 from workers.evaluation import Outcome
 from workers.footprint import Footprint, gone_layers, tidied
@@ -79,32 +84,53 @@ class Rounds:
         """All rounds; `search.plans` then holds the base's plan and each round's.
 
         Args:
-            on_step: told two passes a round: one that removes structures and one that removes components.
+            on_step: told `steps(rounds)` passes.
         """
         search = self.search
         search.begin()
+        search.one_pass(1, search.outcomes[0], _as_pass(1, on_step))
         for number in range(1, rounds + 1):
             size = 1 - (1 - self.target.fraction) * number / rounds
-            before, plan_before = search.outcomes[-1], search.result.plan
+            before, plan_before = search.outcomes[-1], Plan(structures=search.plans[-1].structures)
             began = search.clock.now()
-            tried = self._remove(number, size, _as_pass(2 * number - 1, on_step))
+            tried = self._remove(number, size, _as_pass(2 * number, on_step))
             self.descriptions.append(removed(plan_before, search.result.plan, self.footprint.units))
+            for track in search.all_tracks:
+                track.plan = Plan(structures=track.plan.structures)
             smaller = search.judge()
-            report, outcome = search.one_pass(number, smaller, _as_pass(2 * number, on_step))
+            reports, outcome = self._mend(number, rounds if number == rounds else 1, smaller, on_step)
             told = f"removed {self.descriptions[-1]}: loss {before.loss.mean():.3f} to {smaller.loss.mean():.3f}"
             search.passes.append(
-                report.model_copy(
+                reports[0].model_copy(
                     update={
                         "base_loss": float(before.loss.mean()),
-                        "candidates": [*tried, *report.candidates],
+                        "candidates": [*tried, *(c for report in reports for c in report.candidates)],
                         "chosen": search.result.plan.size - plan_before.size,
+                        "loss": float(outcome.loss.mean()),
                         "accepted": True,
-                        "reason": f"{told}; {report.reason}",
+                        "reason": "; ".join([told, *(report.reason for report in reports)]),
+                        "still_falling": reports[-1].accepted and reports[-1].still_falling,
                         "seconds": search.clock.now() - began,
                     }
                 )
             )
             search.keep(outcome)
+
+    @staticmethod
+    def steps(rounds: int) -> int:
+        """How many passes are told at most: one before the first round, in each one that removes structures and one
+        that removes components, and more of these in the last."""
+        return 3 * rounds
+
+    def _mend(self, number: int, passes: int, current: Outcome, on_step: OnStep) -> tuple[list[PassReport], Outcome]:
+        """Passes of components, up to one that is not accepted."""
+        reports: list[PassReport] = []
+        for k in range(passes):
+            report, current = self.search.one_pass(number + k, current, _as_pass(2 * number + 1 + k, on_step))
+            reports.append(report)
+            if not report.accepted:
+                break
+        return reports, current
 
     @property
     def left(self) -> str:

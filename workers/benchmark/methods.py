@@ -16,7 +16,7 @@ from service.errors import InvalidInput
 from service.jobs import Example, Stage
 from service.reports import PassReport
 from service.strategies import C2IOptions, LaserOptions
-from workers.benchmark import fewshot, lora, structures
+from workers.benchmark import compressed, fewshot, lora, structures
 from workers.benchmark.cells import OBJECTIVE, Cell
 from workers.benchmark.clock import now
 from workers.benchmark.records import CandidateRow
@@ -54,6 +54,7 @@ class Measured:
     tried_of: int | None = None
     note: str | None = None
     left: float | None = None
+    size: compressed.Size | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,6 +246,8 @@ def grid_search(cell: Cell, strategy: str) -> Measurement:
 def remove_structures(cell: Cell, name: str, method: structures.Method) -> Measurement:
     """One pass of a strategy of structures, or its first structures down to a size."""
     subject = structures.subject_with(cell, method)
+    if method.compresses:
+        return Measurement({name: _compressed(cell, subject, method)})
     if method.size is not None:
         plan, seconds = structures.plan_to_size(cell, subject, method)
         return Measurement({name: replace(_removal(cell, subject, plan, 0), seconds=seconds)})
@@ -258,6 +261,19 @@ def remove_structures(cell: Cell, name: str, method: structures.Method) -> Measu
     k = search.result_after(1)
     measured = replace(_removal(cell, search.subject, search.plans[k], k), seconds=seconds)
     return Measurement({name: measured}, _candidates(cell, name, search.passes[0]))
+
+
+def _compressed(cell: Cell, subject: Subject, method: structures.Method) -> Measured:
+    assert method.options is not None  # what has none
+    assert method.size is not None  # or no size compresses nothing
+    pool, track = _pool(cell)
+    search = Search(subject, pool, [track], track)
+    search.clock.now = now
+    bench = cell.bench
+    plan, seconds = compressed.compress(search, method.options, method.size, bench.base, bench.model.parameters)
+    size = compressed.written_size(bench.base, search.subject, plan)
+    measured = _removal(cell, search.subject, plan, len(search.passes))
+    return replace(measured, seconds=seconds, size=size)
 
 
 def _pool(cell: Cell) -> tuple[list[Encoded], Track]:

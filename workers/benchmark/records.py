@@ -70,6 +70,12 @@ class Row(Strict):
     note: str | None = None
     left: float | None = None
     """Parameters that are not removed with a structure, as a fraction of the base's."""
+    model_bytes: float | None = None
+    """Of the weight files of a model that is really smaller, over the base's, as the others are that follow."""
+    peak_memory: float | None = None
+    prefill: float | None = None
+    decode: float | None = None
+    """Tokens a second; the base is measured in the same run."""
 
 
 class CandidateRow(Strict):

@@ -133,7 +133,7 @@ def make_row(cell: Cell, method: str, measured: Measured) -> Row:
     found = metrics(replace(measured.outcome, loss=np.where(finite, measured.outcome.loss, 0.0)), cell.rows.test)
     gained, lost = changes(_hits(cell.base), _hits(measured.outcome))
     exact_gained, exact_lost = changes(cell.base.exact, measured.outcome.exact)
-    hits = _hits(measured.outcome)
+    hits, size = _hits(measured.outcome), measured.size
     interval = stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
     return Row(
         task=cell.task,
@@ -166,6 +166,10 @@ def make_row(cell: Cell, method: str, measured: Measured) -> Row:
         tried_of=measured.tried_of,
         note=measured.note,
         left=measured.left,
+        model_bytes=size.bytes if size else None,
+        peak_memory=size.peak_memory if size else None,
+        prefill=size.prefill if size else None,
+        decode=size.decode if size else None,
     )
 
 

@@ -1,12 +1,13 @@
 """Methods of `c2i bench` that remove structures: to better the model, or as many as it takes to come to a size.
 
-A name is `STRATEGY[/VARIANT][@SIZE]`: `heads`, `heads/michel`, `blocks/2:4`, `neurons/magnitude@0.9`. Without a size it
-is one pass of the strategy, as a job of that strategy runs it. With a size, a fraction of the model's parameters, the
-first structures by the score go until no more than that is left: one backward and no search, so that scores are held
-against each other at equal size. Of `effect` there are two orders, by t and by the predicted fall for each parameter,
-and the one of less loss on the selection split is taken. `magnitude@SIZE` is unstructured magnitude pruning (Han et
-al., arXiv 1506.02626): the smallest entries of all target weights, wherever they are. It ships nothing smaller and
-nothing faster, and is there as the point of comparison.
+A name is `[compress/]STRATEGY[/VARIANT][@SIZE]`: `heads`, `heads/michel`, `blocks/2:4`, `neurons/magnitude@0.9`.
+Without a size it is one pass of the strategy, as a job of that strategy runs it. With a size, a fraction of the model's
+parameters, the first structures by the score go until no more than that is left: one backward and no search, so that
+scores are held against each other at equal size. Of `effect` there are two orders, by t and by the predicted fall for
+each parameter, and the one of less loss on the selection split is taken. `magnitude@SIZE` is unstructured magnitude
+pruning (Han et al., arXiv 1506.02626): the smallest entries of all target weights, wherever they are. It ships nothing
+smaller and nothing faster, and is there as the point of comparison. `compress/layers@0.8` is a job of the goal
+`compress` (`workers.benchmark.compressed`).
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ VARIANTS: dict[str, dict[str, StrategyOptions]] = {
     "magnitude": {},
 }
 """Options of each strategy by the name of a variant; the plain name's is ''."""
-NAME = re.compile(r"(?P<strategy>[a-z]+)(/(?P<variant>[a-z0-9_:]+))?(@(?P<size>0\.\d{1,3}))?")
+NAME = re.compile(r"(?P<goal>compress/)?(?P<strategy>[a-z]+)(/(?P<variant>[a-z0-9_:]+))?(@(?P<size>0\.\d{1,3}))?")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,16 @@ class Method:
     options: StrategyOptions | None
     """None for unstructured magnitude."""
     size: float | None
+    compresses: bool = False
+
+
+COMPRESSED: dict[str, StrategyOptions] = {
+    "layers": LayersOptions(parts="whole"),
+    "neurons": NeuronsOptions(),
+    "heads": HeadsOptions(groups=True),
+    "mixed": MixedOptions(kinds=("layers", "neurons", "groups")),
+}
+"""Those of `compress/`."""
 
 
 def parse(name: str) -> Method | None:
@@ -85,6 +96,11 @@ def parse(name: str) -> Method | None:
         return None
     strategy, variant = found["strategy"], found["variant"] or ""
     size = float(found["size"]) if found["size"] else None
+    if found["goal"]:
+        if size is None or variant or strategy not in COMPRESSED:
+            could = ", ".join(f"compress/{name}@0.8" for name in COMPRESSED)
+            raise InvalidInput(f"no method {name}; there are {could} or of another size", param="methods")
+        return Method(strategy, COMPRESSED[strategy], size, compresses=True)
     known = VARIANTS[strategy]
     if known and variant not in known:
         named = ", ".join(f"{strategy}/{other}" for other in known if other)
