@@ -45,6 +45,8 @@ ORDERS = 4
 CHOSEN_ON = 0.5
 # Most jobs end before their last pass: the fraction of the passes behind the first that run.
 LATER_PASSES = 0.6
+# Of `compress`: passes of components in its last round at most, as `workers.rounds` has it.
+LAST_PASSES = 8
 # Of the neutral text that drift is measured on, in tokens; read again for each plan.
 NEUTRAL_TOKENS = 1_130
 # Operations of a symmetric eigendecomposition in float64, beside n^3; and its speed beside a float32 product's.
@@ -155,12 +157,10 @@ def estimate(size: Size, loads: Loads, spec: JobSpec, *, speed: float | None, de
     """
     rate = (speed or ASSUMED_SPEED) * EFFICIENCY
     passes, options, compressing = spec.passes, spec.options, spec.goal is Goal.COMPRESS
-    later = 1.0 if compressing else LATER_PASSES
-    expected = 1 + later * (passes - 1)
-    # A round of `compress` takes effects of structures and then of components.
-    backwards = (2 if compressing else 1) + later * (2 * passes - 2 if compressing else passes - 1) * (
-        loads.backwards_a_pass
-    )
+    # `compress` makes a pass before its first round, one in each and more in its last, and takes effects of structures
+    # in each.
+    expected = 1 + (passes + LATER_PASSES * (LAST_PASSES - 1) if compressing else LATER_PASSES * (passes - 1))
+    backwards = 1 + (expected - 1 + (passes if compressing else 0)) * loads.backwards_a_pass
     by_components = spec.decomposes
     effects = 4 * size.squared_ranks * loads.gradient.total if by_components else 0
     if isinstance(options, BlocksOptions):

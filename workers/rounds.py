@@ -1,7 +1,7 @@
 """`compress`: down to a target in rounds, each of which gives a model smaller than the one before.
 
 A round takes the effects of all structures, removes what `workers.compressing` chooses until the round's size is
-reached, and then makes a pass of `components` on what is left, up to P of them in the last round: removing components
+reached, and then makes a pass of `components` on what is left, in the last round as many as help: removing components
 mends what removing structures hurt. Sizes are spread evenly: round r of P leaves 1 - (1 - target) r / P.
 
 Structures are chosen on a model that does the task: the first round begins with a pass of components, and its and every
@@ -38,6 +38,8 @@ from workers.ranking import Plan
 from workers.search import OnStep, Search, Track
 from workers.structures import Kind, Unit
 
+# Passes of components in the last round, if each of them helps: as many as a job that improves may make.
+LAST_PASSES = 8
 # Choices are made on every second example, where so many are left.
 STRIDE = 2
 FEWEST_CHOSEN_ON = 40
@@ -98,7 +100,7 @@ class Rounds:
             for track in search.all_tracks:
                 track.plan = Plan(structures=track.plan.structures)
             smaller = search.judge()
-            reports, outcome = self._mend(number, rounds if number == rounds else 1, smaller, on_step)
+            reports, outcome = self._mend(number, LAST_PASSES if number == rounds else 1, smaller, on_step)
             told = f"removed {self.descriptions[-1]}: loss {before.loss.mean():.3f} to {smaller.loss.mean():.3f}"
             search.passes.append(
                 reports[0].model_copy(
@@ -120,7 +122,7 @@ class Rounds:
     def steps(rounds: int) -> int:
         """How many passes are told at most: one before the first round, in each one that removes structures and one
         that removes components, and more of these in the last."""
-        return 3 * rounds
+        return 2 * rounds + LAST_PASSES
 
     def _mend(self, number: int, passes: int, current: Outcome, on_step: OnStep) -> tuple[list[PassReport], Outcome]:
         """Passes of components, up to one that is not accepted."""

@@ -20,8 +20,8 @@ from workers.rounds import Aim, Rounds
 from workers.search import Search, Subject
 from workers.speed import measure
 
-ROUNDS = 4
-"""As a job of four passes."""
+ROUNDS = 2
+"""As a job of two passes."""
 
 
 @dataclass(frozen=True)
