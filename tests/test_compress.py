@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from service import models
@@ -23,6 +25,7 @@ from tests.live import ServeProcess, install, spec, wait_until
 from workers.adaptation import adapt, encode_for, layout_for
 from workers.evaluation import evaluate
 from workers.loading import Checkpoint, load
+from workers.splits import Splits, divide
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,13 +104,31 @@ def test_the_curve_is_what_the_written_models_do(layers: Compressed) -> None:
     assert (last.accuracy, last.exact_match) == (layers.report.adapted.accuracy, layers.report.adapted.exact_match)
 
 
+def test_components_are_chosen_afresh_on_what_each_round_left(layers: Compressed) -> None:
+    pool = _split(layers)
+    judged = [pool.pool[row] for row in sorted(row for track in pool.tracks for row in track.judge)]
+    base = load(layers.folder)
+    layout = layout_for(base, judged)
+    gone: set[int] = set()
+    for report, point in zip(layers.report.passes, layers.report.curve, strict=True):
+        gone |= {int(number) for number in re.findall(r"\d+", point.removed)}
+        without: Any = load(layers.folder).model
+        kept = [block for k, block in enumerate(without.model.layers) if k not in gone]
+        without.model.layers = torch.nn.ModuleList(kept)
+        bare = evaluate(without, judged, layers.spec.objective, layout).loss.mean()
+        # The loss that removing structures left is that of the base without them: no component is gone yet.
+        assert f" to {bare:.3f}; " in report.reason
+
+
 def _test_split(run: Compressed) -> list[Any]:
     """The examples that the job tested on, divided again."""
-    from workers.splits import divide
+    return _split(run).test
 
+
+def _split(run: Compressed) -> Splits:
     base = load(run.folder)
     encoded = encode_for(base, run.spec.examples, prompt_format=run.spec.prompt_format, context=None, name="examples")
-    return divide(encoded, None, None, run.spec.seed).test
+    return divide(encoded, None, None, run.spec.seed)
 
 
 def test_layers_that_are_gone_take_all_that_was_in_them(layers: Compressed) -> None:

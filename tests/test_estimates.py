@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from service import models
+from service import estimates, models
 from service.decomposed import is_decomposed, note
 from service.estimates import Loads
 from service.jobs import JobSpec
 from service.lengths import count
 from tests import tiny
 from tests.live import Api, install, redis, spec
+from workers import rounds
 from workers.examples import Encoded
 from workers.splits import divide
 
@@ -37,6 +38,10 @@ def test_a_dry_run_tells_what_the_job_would_take_and_queues_nothing(api: Api) ->
     assert not told["measured_speed"]
     assert api.http.get("/v1/jobs").json()["data"] == []
     assert not list((api.settings.artifacts / "jobs").iterdir())
+
+
+def test_the_passes_of_a_compression_are_counted_as_they_are_made() -> None:
+    assert estimates.LAST_PASSES == rounds.LAST_PASSES
 
 
 @pytest.mark.parametrize(
