@@ -512,8 +512,7 @@ def test_drift_is_zero_of_what_changes_no_weight_and_is_known_of_what_does(finis
 def test_structures_go_until_the_size_is_reached_and_no_further(loaded: Bench, tasks: Path, name: str) -> None:
     cell = cell_of(loaded, tasks, "planted")
     method = structures.parse(name)
-    assert method is not None
-    assert method.size is not None
+    assert isinstance(method, structures.ToSize)
     subject = structures.subject_with(cell, method)
     plan, seconds = structures.plan_to_size(cell, subject, method)
     left = structures.left(subject, plan)
@@ -528,7 +527,7 @@ def test_structures_go_until_the_size_is_reached_and_no_further(loaded: Bench, t
 def test_unstructured_magnitude_takes_the_smallest_entries_of_all_weights(loaded: Bench, tasks: Path) -> None:
     cell = cell_of(loaded, tasks, "planted")
     method = structures.parse("magnitude@0.9")
-    assert method is not None
+    assert isinstance(method, structures.ToSize)
     subject = structures.subject_with(cell, method)
     plan, _ = structures.plan_to_size(cell, subject, method)
     before = torch.cat([target.whole_weight.abs().flatten() for target in loaded.targets])
@@ -558,8 +557,7 @@ def test_a_pass_of_structures_is_that_of_a_job(loaded: Bench, tasks: Path, name:
     cell = cell_of(loaded, tasks, "planted")
     measured = methods.measure(cell, [name], []).by_method[name]
     method = structures.parse(name)
-    assert method is not None
-    assert method.options is not None
+    assert isinstance(method, structures.OnePass)
     subject = structures.subject_with(cell, method)
     pool = [*cell.rows.gradient, *cell.rows.selection]
     track = Track(list(range(len(cell.rows.gradient))), list(range(len(cell.rows.gradient), len(pool))))

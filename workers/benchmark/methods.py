@@ -246,12 +246,11 @@ def grid_search(cell: Cell, strategy: str) -> Measurement:
 def remove_structures(cell: Cell, name: str, method: structures.Method) -> Measurement:
     """One pass of a strategy of structures, or its first structures down to a size."""
     subject = structures.subject_with(cell, method)
-    if method.compresses:
+    if isinstance(method, structures.Compress):
         return Measurement({name: _compressed(cell, subject, method)})
-    if method.size is not None:
+    if isinstance(method, structures.ToSize):
         plan, seconds = structures.plan_to_size(cell, subject, method)
         return Measurement({name: replace(_removal(cell, subject, plan, 0), seconds=seconds)})
-    assert method.options is not None  # what has none has a size
     pool, track = _pool(cell)
     search = make_search(subject, pool, [track], track, method.options, cell.seed)
     search.clock.now = now
@@ -263,9 +262,7 @@ def remove_structures(cell: Cell, name: str, method: structures.Method) -> Measu
     return Measurement({name: measured}, _candidates(cell, name, search.passes[0]))
 
 
-def _compressed(cell: Cell, subject: Subject, method: structures.Method) -> Measured:
-    assert method.options is not None  # what has none
-    assert method.size is not None  # or no size compresses nothing
+def _compressed(cell: Cell, subject: Subject, method: structures.Compress) -> Measured:
     pool, track = _pool(cell)
     search = Search(subject, pool, [track], track)
     search.clock.now = now

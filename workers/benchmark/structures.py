@@ -66,14 +66,31 @@ NAME = re.compile(r"(?P<goal>compress/)?(?P<strategy>[a-z]+)(/(?P<variant>[a-z0-
 
 
 @dataclass(frozen=True)
-class Method:
-    """One name, understood."""
+class OnePass:
+    """One pass of a strategy."""
+
+    options: StrategyOptions
+
+
+@dataclass(frozen=True)
+class ToSize:
+    """The first structures by a score, down to a fraction of the parameters."""
 
     strategy: str
     options: StrategyOptions | None
     """None for unstructured magnitude."""
-    size: float | None
-    compresses: bool = False
+    size: float
+
+
+@dataclass(frozen=True)
+class Compress:
+    """A job of that goal."""
+
+    options: StrategyOptions
+    size: float
+
+
+Method = OnePass | ToSize | Compress
 
 
 COMPRESSED: dict[str, StrategyOptions] = {
@@ -100,27 +117,31 @@ def parse(name: str) -> Method | None:
         if size is None or variant or strategy not in COMPRESSED:
             could = ", ".join(f"compress/{name}@0.8" for name in COMPRESSED)
             raise InvalidInput(f"no method {name}; there are {could} or of another size", param="methods")
-        return Method(strategy, COMPRESSED[strategy], size, compresses=True)
+        return Compress(COMPRESSED[strategy], size)
     known = VARIANTS[strategy]
     if known and variant not in known:
         named = ", ".join(f"{strategy}/{other}" for other in known if other)
         raise InvalidInput(f"no method {name}; of {strategy} there are {named or 'no variants'}", param="methods")
-    if strategy == "magnitude" and (variant or size is None):
-        raise InvalidInput(f"{name} has no size; magnitude@0.9 leaves nine tenths", param="methods")
     options = known.get(variant)
-    if size is not None and (options == MixedOptions() or (strategy == "layers" and options == LayersOptions())):
+    if size is None:
+        if options is None:
+            raise InvalidInput(f"{name} has no size; magnitude@0.9 leaves nine tenths", param="methods")
+        return OnePass(options)
+    if strategy == "magnitude" and variant:
+        raise InvalidInput(f"no method {name}; magnitude@0.9 leaves nine tenths", param="methods")
+    if options in (MixedOptions(), LayersOptions()):
         # A layer and its attention are both in such a list: what is left of one depends on the other.
         raise InvalidInput(f"{name}: structures that overlap are not counted to a size; layers/whole", param="methods")
-    return Method(strategy, options, size)
+    return ToSize(strategy, options, size)
 
 
 def subject_with(cell: Cell, method: Method) -> Subject:
     """The cell's subject with the structures that a method removes."""
     bench = cell.bench
-    if method.options is None:
-        assert method.size is not None  # of `parse`
+    if isinstance(method, ToSize) and method.options is None:
         return replace(cell.subject, units=smallest_entries(bench, method.size))
-    units, _ = structures(bench.base.model, bench.targets, method.options)
+    options = method.options
+    units = structures(bench.base.model, bench.targets, options)[0] if options is not None else []
     return replace(cell.subject, units=units)
 
 
@@ -151,9 +172,8 @@ def left(subject: Subject, plan: Plan) -> float:
     return 1 - gone / total
 
 
-def plan_to_size(cell: Cell, subject: Subject, method: Method) -> tuple[Plan, float]:
+def plan_to_size(cell: Cell, subject: Subject, method: ToSize) -> tuple[Plan, float]:
     """The structures that a method removes to come to its size, and the seconds that took."""
-    assert method.size is not None
     started = now()
     classical = _classical(method, subject)
     if method.options is None:
@@ -175,7 +195,7 @@ def plan_to_size(cell: Cell, subject: Subject, method: Method) -> tuple[Plan, fl
     return plans[losses.index(min(losses))], now() - started
 
 
-def _classical(method: Method, subject: Subject) -> Classical | None:
+def _classical(method: ToSize, subject: Subject) -> Classical | None:
     """The score of a method, if it is not the effect."""
     score = getattr(method.options, "score", "effect")
     return None if score == "effect" else Classical(method.strategy, score, subject.units)
@@ -192,7 +212,7 @@ def _descending(scores: Mapping[str, Tensor]) -> list[tuple[str, int]]:
     return [named[k] for k in order.tolist()]
 
 
-def _first(order: Sequence[tuple[str, int]], sizes: Mapping[str, Tensor], gone: int, method: Method) -> Plan:
+def _first(order: Sequence[tuple[str, int]], sizes: Mapping[str, Tensor], gone: int, method: ToSize) -> Plan:
     chosen: dict[str, list[int]] = {}
     left = float(gone)
     for name, i in order:
