@@ -138,7 +138,11 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder for bench.json, tables and plots; a run there goes on.")],
     tasks: Annotated[str | None, typer.Option(help="Names of task files; all, if not given.")] = None,
     methods: Annotated[
-        str, typer.Option(help="base, majority, fewshot, laser, c2i, lora, components:1 to components:8.")
+        str,
+        typer.Option(
+            help="base, majority, fewshot, laser, c2i, lora, components:1 to components:8; heads, neurons, layers, "
+            "blocks, mixed; at equal size heads@0.9, heads/michel@0.9, magnitude@0.9; compress/layers@0.8."
+        ),
     ] = "base,majority,fewshot,lora,c2i,laser,components:1,components:8",
     seeds: Annotated[int, typer.Option(help="How many shuffles of each task's rows.")] = 3,
     rows: Annotated[str, typer.Option(help="Rows of the gradient, selection and test split.")] = "100,100,300",
