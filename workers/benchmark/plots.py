@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,12 +33,17 @@ FARTHEST_PREDICTION = 4.0
 
 
 def write_plots(records: Records) -> None:
-    """Write `accuracy_by_cost.png` and, if a search tried anything, `reliability.png`."""
+    """Write `accuracy_by_cost.png`, if a search tried anything `reliability.png`, and if a method removed structures
+    down to a size `accuracy_by_size.png`."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - of the extra `bench`; slow to import
 
     figure = Figure(figsize=(9, 6.6), layout="constrained")
     draw_costs(figure.subplots(), records.rows())
     _save(figure, records.folder / "accuracy_by_cost.png")
+    if any("@" in row.method for row in records.rows()):
+        figure = Figure(figsize=(8, 6.6), layout="constrained")
+        draw_sizes(figure.subplots(), records.rows())
+        _save(figure, records.folder / "accuracy_by_size.png")
     candidates = records.candidates()
     if candidates:
         figure = Figure(figsize=(7, 6.5), layout="constrained")
@@ -50,8 +56,10 @@ def draw_costs(axes: Axes, rows: Sequence[Row]) -> None:
     from matplotlib.ticker import LogLocator  # noqa: PLC0415
 
     every = len({row.task for row in rows})
-    styles = zip(COLOURS * 2, MARKERS * 2, strict=True)
+    styles = cycle(zip(COLOURS, MARKERS, strict=True))
     for method in methods_of(rows):
+        if "@" in method:  # of the other picture
+            continue
         mine = [row for row in rows if row.method == method]
         tasks = sorted({row.task for row in mine})
         heights = [float(np.mean([metric(row) for row in mine if row.task == task])) for task in tasks]
@@ -92,6 +100,45 @@ class _Fall:
         base = candidate.base_loss
         actual = (base - candidate.loss) / base
         return cls(candidate.number, candidate.chosen, (base - predicted_loss) / base, actual)
+
+
+def draw_sizes(axes: Axes, rows: Sequence[Row]) -> None:
+    """Metric against the parameters that are left: a line for each way to get smaller, from the base at 1, over the
+    cells that all of its sizes have."""
+    ways: dict[str, list[str]] = {}
+    for method in methods_of(rows):
+        if "@" in method:
+            ways.setdefault(method.partition("@")[0], []).append(method)
+    for (way, methods), (colour, marker) in zip(ways.items(), cycle(zip(COLOURS, MARKERS, strict=True)), strict=False):
+        by_cell = [{(r.task, r.seed): r for r in rows if r.method == method} for method in methods]
+        cells = set.intersection(*(set(mine) for mine in by_cell))
+        if not cells:
+            continue
+        # What compresses removes components too: it is held against them, the others against the base.
+        start = "components:8" if way.startswith("compress/") else "base"
+        whole = [metric(r) for r in rows if r.method == start and (r.task, r.seed) in cells]
+        points = [
+            (
+                float(np.mean([mine[cell].left or 0 for cell in cells])),
+                float(np.mean([metric(mine[cell]) for cell in cells])),
+            )
+            for mine in by_cell
+        ]
+        points = sorted([*points, *([(1.0, float(np.mean(whole)))] if whole else [])])
+        style = "-" if way.startswith("compress/") else "--"
+        axes.plot(
+            *zip(*points, strict=True),
+            color=colour,
+            marker=marker,
+            linestyle=style,
+            label=f"{way} ({len(cells)} cells)",
+        )
+    axes.invert_xaxis()
+    axes.set_xlabel("parameters left, as a part of the base's")
+    axes.set_ylabel("test accuracy; exact match where there are no choices")
+    axes.set_title("structures removed: dashed without, solid with components removed after them")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
 
 
 def draw_reliability(axes: Axes, candidates: Sequence[CandidateRow]) -> None:

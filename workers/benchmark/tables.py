@@ -35,6 +35,14 @@ against the base's *test s*, the seconds of the test split. One FB is one forwar
 measured for each cell in the same run.
 """
 
+SIZE_NOTES = """\
+*Left* are the parameters that did not go with a structure, as a part of the base's; what follows FB is of the written
+model over the base, both loaded and run in turns, where the model is really smaller. `heads` and the like are one pass
+of the strategy, which removes what harms. `heads@0.9` removes heads by effect until nine tenths of the parameters are
+left, `heads/michel@0.9` by that score, and nothing else; `magnitude@0.9` the smallest entries of all weights, which
+makes no file smaller. `compress/layers@0.8` is a job of the goal `compress`, which removes components too.
+"""
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -170,6 +178,9 @@ def render(rows: Sequence[Row], run: Run) -> str:
         f"threads, GPU: {run.machine['gpu']}; " + ", ".join(f"{name} {v}" for name, v in run.versions.items()) + ".",
     ]
     parts = [*head, "## All tasks", _overall(rows), NOTES + _sampled(rows)]
+    smaller = [row for row in rows if row.left is not None and row.left < 1]
+    if smaller:
+        parts += ["## Smaller models", _sizes(smaller), SIZE_NOTES]
     for task in tasks:
         parts += [f"## {task}", _of_task([row for row in rows if row.task == task])]
     return "\n\n".join(parts) + "\n"
@@ -201,6 +212,27 @@ def _overall_cells(s: Summary) -> list[str]:
         f"{s.seconds:,.1f}",
         f"{s.fb:.1f}",
         f"{s.test_seconds:.1f}",
+    ]
+
+
+def _sizes(rows: Sequence[Row]) -> str:
+    header = "method | cells | left | metric | exact match | loss | FB | file bytes | peak memory | prefill | decode"
+    return _table(header, [_size_cells([r for r in rows if r.method == method]) for method in methods_of(rows)])
+
+
+def _size_cells(rows: Sequence[Row]) -> list[str]:
+    means = (_mean_known([getattr(row, name) for row in rows]) for name in ("model_bytes", "peak_memory"))
+    speeds = (_mean_known([getattr(row, name) for row in rows]) for name in ("prefill", "decode"))
+    return [
+        label(rows[0].method),
+        str(len(rows)),
+        _number(_mean_known([row.left for row in rows])),
+        _spread_out(_mean([metric(row) for row in rows]), _spread(rows, metric)),
+        f"{_mean([row.exact_match for row in rows]):.3f}",
+        _number(_mean_known([row.loss for row in rows])),
+        f"{_mean([row.fb for row in rows]):.1f}",
+        *("" if mean is None else f"{mean:.2f}" for mean in means),
+        *("" if mean is None else f"{mean:.2f} x" for mean in speeds),
     ]
 
 
