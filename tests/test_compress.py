@@ -120,6 +120,35 @@ def test_components_are_chosen_afresh_on_what_each_round_left(layers: Compressed
         assert f" to {bare:.3f}; " in report.reason
 
 
+@pytest.mark.parametrize(
+    ("strategy", "options", "target"),
+    [
+        ("neurons", None, {"parameters": 0.8}),
+        ("heads", None, {"bytes": 0.8}),
+        ("mixed", None, {"parameters": 0.6}),
+        ("blocks", {"size": 16}, {"parameters": 0.6}),
+    ],
+)
+def test_every_strategy_reaches_its_target_on_the_disk(
+    strategy: str, options: dict[str, Any] | None, target: dict[str, float], model: Path, tmp_path: Path
+) -> None:
+    run = Compressed(model, tmp_path / "out", strategy=strategy, strategy_options=options, target=target, passes=2)
+    (wanted,) = target.values()
+    first, last = run.report.curve
+    sizes = [point.bytes if "bytes" in target else point.parameters for point in (first, last)]
+    assert sizes[0] <= 1 - (1 - wanted) / 2 + 0.03
+    assert sizes[1] <= wanted + 0.03 and last.parameters <= first.parameters
+    assert run.report.verdict.startswith(f"{100 * (last.bytes if 'bytes' in target else last.parameters):.1f} % of")
+    if strategy == "blocks":
+        assert last.bytes == pytest.approx(1) and run.report.shipped and run.report.shipped.zeros
+    else:
+        assert run.numbers("model") == pytest.approx(last.parameters * _numbers(model))
+        assert last.bytes <= wanted + 0.03
+    removed = {entry.kind for entry in run.report.structures}
+    kinds = {"neurons": {"neurons"}, "heads": {"groups"}, "blocks": {"blocks16"}}
+    assert removed <= kinds.get(strategy, {"layers", "neurons", "groups"}) and removed
+
+
 def _test_split(run: Compressed) -> list[Any]:
     """The examples that the job tested on, divided again."""
     return _split(run).test

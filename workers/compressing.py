@@ -25,7 +25,7 @@ from service.strategies import BlocksOptions, LayersOptions, MixedOptions, Strat
 from workers.footprint import gone_layers
 from workers.proposals import plural
 from workers.ranking import CERTAIN, Plan, plan_of
-from workers.structures import Kind, Unit
+from workers.structures import Columns, Kind, Unit
 
 # Layers tried in a step, and so many of them for what they cost in the step before.
 TRIED = 8
@@ -133,7 +133,7 @@ class Uniform:
         self.magnitudes = {unit.name: unit.magnitudes() for unit in self.units}
 
     def most(self) -> list[Plan]:
-        n = min((unit.count for unit in self.units), default=1) - 1
+        n = max(_counts(self.units), default=0)
         return [plan_of({unit.name: range(n) for unit in self.units if n})]
 
     def choose(self, ground: Ground) -> Plan | None:
@@ -142,8 +142,7 @@ class Uniform:
         if not left:
             return None
         before = max(len(ground.plan.structures.get(unit.name, ())) for unit in left)
-        # So many can go of each: one stays.
-        counts = range(before, min(unit.count for unit in left))
+        counts = [n for n in _counts(left) if n >= before]
 
         def plan_by(scores: Scores, n: int) -> Plan:
             return ground.plan.union(plan_of({u.name: _first(ground.plan, u, scores[u.name], n) for u in left}))
@@ -201,6 +200,18 @@ class Cheapest:
     def choose(self, ground: Ground) -> Plan | None:
         plans = [plan for chooser in self.choosers if (plan := chooser.choose(ground)) is not None]
         return min(plans, key=lambda plan: ground.loss(plan, _difference(plan, ground.plan)), default=None)
+
+
+def _counts(units: Sequence[Unit]) -> list[int]:
+    """How many structures of each unit can go: one stays, and of heads as many as transformers takes, which wants the
+    width of the residual stream to be a multiple of their number."""
+    found = []
+    for n in range(min((unit.count for unit in units), default=0)):
+        heads = [(u.count - n) * u.branch.group for u in units if isinstance(u, Columns) and u.kind == Kind.GROUPS]
+        widths = [u.branch.output.shape[0] for u in units if isinstance(u, Columns) and u.kind == Kind.GROUPS]
+        if n == 0 or all(width % left == 0 for width, left in zip(widths, heads, strict=True)):
+            found.append(n)
+    return found
 
 
 NOUNS: dict[str, str] = {Kind.NEURONS: "neuron", Kind.GROUPS: "group of heads"}
