@@ -66,6 +66,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """So many layers that they take most of a token's time."""
+    shape = SHAPE | {"num_hidden_layers": 24}
+    return tiny.build("llama", tmp_path_factory.mktemp("compress") / "deep", shape=shape)
+
+
+@pytest.fixture(scope="module")
 def layers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Compressed:
     out = tmp_path_factory.mktemp("compressed") / "layers"
     return Compressed(model, out, strategy="layers", target={"parameters": 0.5})
@@ -168,6 +175,14 @@ def test_layers_that_are_gone_take_all_that_was_in_them(layers: Compressed) -> N
 
 def _planned(report: Report, module: str) -> bool:
     return any(entry.module == module for entry in report.plan)
+
+
+def test_a_latency_is_reached_by_the_size_that_was_measured_to_have_it(deep: Path, tmp_path: Path) -> None:
+    run = Compressed(deep, tmp_path / "out", strategy="layers", target={"decode_latency": 0.7}, passes=1)
+    (point,) = run.report.curve
+    # Half of the layers take about half of the time: what is measured of so small a model is rough.
+    assert 0.3 < point.parameters < 0.95
+    assert not (run.out / "probe").exists()
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from workers.evaluation import Outcome, answer_logits, evaluate, honours_tree_ma
 from workers.examples import LOGIT_BUDGET, TOKEN_BUDGET, TOKEN_BUDGET_CUDA, Batch, Encoded, Layout, batches, encode
 from workers.factoring import add_factored
 from workers.footprint import Footprint
+from workers.latency import Latency
 from workers.loading import Checkpoint, load
 from workers.model_card import write_cards
 from workers.points import curve, places, weight_bytes
@@ -79,7 +80,7 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
         targets = dictionary(modules, spec.options)
         units, without = structures(base.model, modules, spec.options)
         layout = layout_for(base, [*splits.pool, *splits.test])
-        aim = _aim(spec, model, base, units)
+        aim, size = _aim(spec, model, base, modules, units, out)
 
     with progress.stage(Stage.DECOMPOSING, "decomposing the weights"):
         spectra_cache = SpectrumCache(cache / decomposed.SPECTRA)
@@ -101,7 +102,7 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
     )
     if spec.max_drift is not None:
         search.bound = DriftBound(lambda plan: neutral.drift(plan, search.subject), spec.max_drift)
-    rounds = Rounds(search, aim) if aim else None
+    rounds = Rounds(search, aim, size) if aim else None
     (rounds or search).run(spec.passes, progress.within_pass)
     subject = search.subject
     # A strategy may select on the examples that it ranks by.
@@ -158,18 +159,21 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
     return report
 
 
-def _aim(spec: JobSpec, model: Model, base: Checkpoint, units: Sequence[Unit]) -> Aim | None:
-    """What `compress` is to reach.
+def _aim(
+    spec: JobSpec, model: Model, base: Checkpoint, modules: Sequence[Target], units: Sequence[Unit], out: Path
+) -> tuple[Aim | None, float]:
+    """What `compress` is to reach, and the size of its last round.
 
     Raises:
         InvalidInput: it cannot be reached.
     """
     if spec.target is None:
-        return None
+        return None, 1.0
     footprint = Footprint.of(base.model, units, parameters=model.parameters, bytes=weight_bytes(model.folder))
-    aim = Aim(make_chooser(spec.options, units), footprint, spec.target)
-    aim.check()
-    return aim
+    timed = spec.target.measure == "decode_latency"
+    latency = Latency(base, modules, units, footprint, out / "probe") if timed else None
+    aim = Aim(make_chooser(spec.options, units), footprint, spec.target, latency)
+    return aim, aim.size()
 
 
 def _publish(

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,6 +33,7 @@ from workers.compressing import NOUNS, Chooser
 from workers.evaluation import Outcome
 from workers.footprint import Footprint, gone_layers, tidied
 from workers.gradients import Effects
+from workers.latency import Latency, probe
 from workers.prefixes import Prefixes
 from workers.proposals import plural
 from workers.ranking import Plan
@@ -56,28 +58,48 @@ class Aim:
     chooser: Chooser
     footprint: Footprint
     target: Target
+    latency: Latency | None = None
+    """Of a target that is one."""
 
-    def check(self) -> None:
-        """Raises InvalidInput where the target cannot be reached, with what can be."""
-        measure, wanted = self.target.measure, self.target.fraction
-        least = min(self.footprint.fraction(plan, measure) for plan in self.chooser.most())
+    @property
+    def counted(self) -> Measure:
+        """What sizes of rounds are fractions of."""
+        return "bytes" if self.target.measure == "bytes" else "parameters"
+
+    def size(self, gone: Plan | None = None) -> float:
+        """Of the last round.
+
+        Args:
+            gone: what has gone by now, where a latency is to be measured with that.
+
+        Raises:
+            InvalidInput: it cannot be reached; with what can be.
+        """
+        measure, wanted = self.counted, self.target.fraction
+        most = min(self.chooser.most(), key=lambda plan: self.footprint.fraction(plan, measure))
+        least = self.footprint.fraction(most, measure)
+        if self.latency:
+            return self.latency.size_for(wanted, gone or probe(most), least)
         if least > wanted:
             raise InvalidInput(
                 f"with this model and strategy {measure} can fall to {_rounded_up(least)} of the base's, not to "
                 f"{wanted:g}",
                 param="target",
             )
+        return wanted
 
 
 class Rounds:
     """The way to an aim."""
 
-    def __init__(self, search: Search, aim: Aim) -> None:
+    def __init__(self, search: Search, aim: Aim, size: float) -> None:
         """
         Args:
             search: of components; its subject has the structures.
+            size: of the last round.
         """
-        self.search, self.chooser, self.footprint, self.target = search, aim.chooser, aim.footprint, aim.target
+        self.search, self.aim, self.size = search, aim, size
+        self.chooser, self.footprint = aim.chooser, aim.footprint
         self.descriptions: list[str] = []
         """What each round removed, in words."""
         search.ranked_units = ()
@@ -92,7 +114,10 @@ class Rounds:
         search.begin()
         search.one_pass(1, search.outcomes[0], _as_pass(1, on_step))
         for number in range(1, rounds + 1):
-            size = 1 - (1 - self.target.fraction) * number / rounds
+            if self.aim.latency and number == rounds > 1:
+                with suppress(InvalidInput):  # measured once it could be reached: noise ends no work that is done
+                    self.size = self.aim.size(search.plans[-1])
+            size = 1 - (1 - self.size) * number / rounds
             before, plan_before = search.outcomes[-1], Plan(structures=search.plans[-1].structures)
             began = search.clock.now()
             tried = self._remove(number, size, _as_pass(2 * number, on_step))
@@ -137,7 +162,7 @@ class Rounds:
     @property
     def left(self) -> str:
         """How much of the base is left in the end, in words: `79.9 % of the base's parameters`."""
-        measure: Measure = "bytes" if self.target.measure == "bytes" else "parameters"
+        measure = self.aim.counted
         return f"{100 * self.footprint.fraction(self.search.plans[-1], measure):.1f} % of the base's {measure}"
 
     def _remove(self, number: int, size: float, on_step: OnStep) -> list[Candidate]:
@@ -196,7 +221,7 @@ class _Ground:
 
     def fits(self, plan: Plan) -> bool:
         """Whether a plan is down to the round's size."""
-        return self._rounds.footprint.fraction(plan, self._rounds.target.measure) <= self._size + CLOSE
+        return self._rounds.footprint.fraction(plan, self._rounds.aim.counted) <= self._size + CLOSE
 
     def go_on(self, plan: Plan) -> None:
         """Further plans contain this one."""
