@@ -9,8 +9,9 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page
 
+from service.goals import Goal, Target
 from service.report_page import render
-from service.reports import Report
+from service.reports import CurvePoint, Report, Speed, Speeds
 from tests import browser as browsers
 from tests.adapted import KINDS, Adapted
 from tests.browser import Visit
@@ -141,6 +142,51 @@ def test_a_strangers_text_is_shown_and_never_runs(adapted: Adapted, visit: Visit
     assert HOSTILE in page.inner_text(".verdict")
     assert rows(page, "Accuracy by label")[0][0] == HOSTILE
     assert rows(page, "Candidates")[0][0] == HOSTILE
+
+
+def test_the_way_of_a_compressed_model_is_drawn_and_told(adapted: Adapted, visit: Visit) -> None:
+    report = report_of(adapted("choices"))
+    speed = Speed(
+        bytes=1,
+        peak_memory_bytes=1,
+        prefill_tokens_per_second=9.0,
+        decode_tokens_per_second=20.0,
+        joules_per_token=None,
+    )
+    curve = [
+        CurvePoint(
+            number=k,
+            parameters=1 - k / 10,
+            bytes=1 - k / 20,
+            removed=f"layer {k}",
+            accuracy=0.5 + k / 10,
+            exact_match=0.25,
+            loss=None if k == 1 else 2.0,
+            speed=speed,
+            path="model" if k == 2 else "points/1/model",
+        )
+        for k in (1, 2)
+    ]
+    compressed = {
+        "goal": Goal.COMPRESS,
+        "target": Target(parameters=0.8),
+        "curve": curve,
+        "speed": Speeds(base=speed, model=speed),
+        "verification": report.verification.model_copy(update={"adapter": None}),
+        "cost": report.cost.model_copy(update={"adapter_bytes": 0}),
+    }
+    page = show(visit, render(report.model_copy(update=compressed)))
+    assert rows(page, "Base and points")[1:] == [
+        ["point 1", "90.0 %", "95.0 %", "0.600", "0.250", "\u2013", "20.0", "layer 1"],
+        ["point 2", "80.0 %", "90.0 %", "0.700", "0.250", "2.000", "20.0", "layer 2"],
+    ]
+    assert rows(page, "Base and points")[0][:4] == ["base", "100.0 %", "100.0 %", number(report.base.accuracy or 0)]
+    drawn = page.locator("section", has_text="Size against quality").locator("svg[role=img]")
+    assert drawn.count() == 2  # against size and against speed
+    assert "Smaller" in page.inner_text(".verdict h2")
+    assert ["target", "parameters=0.8"] in rows(page, "Settings and splits")
+    assert "undefined" not in page.inner_text(".result") and "null" not in page.inner_text(".result")
+    check_sight(page)
 
 
 def test_what_is_not_known_is_left_out(adapted: Adapted, visit: Visit) -> None:

@@ -235,7 +235,7 @@ export function sizeCurve(points, name) {
 
 /** The same against how many tokens are decoded a second. */
 export function speedCurve(points, name) {
-  const x = { label: "tokens decoded a second", nice: true };
+  const x = { label: "tokens decoded a second", insetLeft: 24 };
   return curveOf(points, "speed", x, name, (point) => `${number(point.speed, 1)} tokens a second`);
 }
 

@@ -85,7 +85,7 @@ function curve(report) {
 
 const targetOf = ({ target }) => Object.entries(target ?? {}).filter(([, value]) => value !== null).map((pair) => pair.join("="))[0];
 const scoresOf = ({ accuracy, exact_match, loss }) => ({ accuracy, exact_match, loss });
-const percent = (fraction) => `${number(100 * fraction, 1)} %`;
+const percent = (fraction) => element("span", { class: "nowrap" }, `${number(100 * fraction, 1)} %`);
 
 // --- what it brought ----------------------------------------------------------------------------------------------
 
@@ -93,7 +93,7 @@ const METRICS = [["accuracy", "Accuracy over the choices"], ["exact_match", "Exa
 
 function gains(report) {
   const first = report.passes.length > 1 ? report.after_first_pass : null;
-  const models = [["base", report.base], ["after pass 1", first], ["adapted", report.adapted]];
+  const models = [["base", report.base], [compresses(report) ? "after round 1" : "after pass 1", first], ["adapted", report.adapted]];
   const rates = METRICS.flatMap(([key, metric]) =>
     models
       .filter(([, scores]) => scores && scores[key] !== null && scores[key] !== undefined)
