@@ -52,8 +52,7 @@ def compress(
     units = search.subject.units
     footprint = Footprint.of(base.model, units, parameters=parameters, bytes=weight_bytes(base.folder))
     aim = Aim(make_chooser(options, units), footprint, Target(parameters=size))
-    aim.check()
-    rounds = Rounds(search, aim)
+    rounds = Rounds(search, aim, aim.size())
     started = now()
     rounds.run(ROUNDS, lambda stage, number, fraction, message: None)
     return search.plans[-1], now() - started
