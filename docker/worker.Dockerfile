@@ -13,7 +13,7 @@ COPY pyproject.toml constraints.txt README.md ./
 COPY service service
 COPY workers workers
 # torch's own wheels bring the CUDA libraries that fit them; the image brings the driver's side.
-RUN python3 -m venv /venv && /venv/bin/pip install --no-cache-dir -c constraints.txt '.[worker]'
+RUN python3 -m venv /venv && /venv/bin/pip install --no-cache-dir -c constraints.txt '.[worker,quantize]'
 USER c2i
 ENV PATH=/venv/bin:$PATH C2I_DATA=/data
 CMD ["c2i", "worker"]

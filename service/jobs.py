@@ -49,6 +49,24 @@ class PromptFormat(StrEnum):
     """As a user's turn of the tokenizer's chat template; the completion is the assistant's turn."""
 
 
+class Quantize(StrEnum):
+    """The numbers that the weights are stored in after the search, beside `model/`, in `quantized/`."""
+
+    INT8 = "int8"
+    """Eight bits, a scale for each row (torchao). Embeddings and head stay as they are, in 16 bits at most."""
+    INT4 = "int4"
+    """Four bits, NF4 with a scale for every 64 weights (bitsandbytes). Embeddings and head as with `int8`."""
+
+
+class Gguf(StrEnum):
+    """The numbers of a GGUF file, for llama.cpp and what is built on it: `gguf/model-q8_0.gguf`."""
+
+    F16 = "f16"
+    """Sixteen bits."""
+    Q8_0 = "q8_0"
+    """Eight bits, a scale for every 32 weights; embeddings too."""
+
+
 class JobStatus(StrEnum):
     """A job's states; the last three are terminal."""
 
@@ -167,6 +185,10 @@ class JobSpec(Body):
     """Most that predictions on neutral text may move, in nats a token; null for no bound."""
     prompt_format: PromptFormat = PromptFormat.TEXT
     """Raw text, or a chat's turn."""
+    quantize: Quantize | None = None
+    """Also store the result in fewer bits, and test it again."""
+    gguf: Gguf | None = None
+    """Also write the result as one GGUF file."""
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = Field(default_factory=dict)
     """Up to 16 strings of your own, which the job shows."""
     webhook: Webhook | None = None

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from service.goals import Goal, Target
-from service.jobs import Difference, Drift, JobResult, Objective, PromptFormat, Scores
+from service.jobs import Difference, Drift, Gguf, JobResult, Objective, PromptFormat, Quantize, Scores
 from service.strategies import OPTIONS, Strategy, StrategyOptions
 from service.strict import Strict
 
@@ -239,6 +239,35 @@ class CurvePoint(Strict):
     """The folder among the job's files: `points/2/model`, of the last round `model`."""
 
 
+class Quantized(Scores):
+    """`quantized/`: the model in fewer bits, tested again on the same examples."""
+
+    bits: Quantize
+    method: str
+    """How, in words."""
+    library: str
+    """Its name and version."""
+    dtype: str
+    """Of what is not quantized: embeddings, head, norms."""
+    bytes: int
+    """Of its weights' files."""
+    fraction: float
+    """Of the bytes of the base's."""
+    differences: list[Difference]
+    """Quantized minus the model that it was made from."""
+    verification: float
+    """Largest absolute difference of logits between `quantized/` reloaded from disk and what was tested."""
+
+
+class GgufFile(Strict):
+    """`gguf/`: the model as one file for llama.cpp, read back and found to give the same logits."""
+
+    kind: Gguf
+    path: str
+    """`gguf/model-q8_0.gguf`."""
+    bytes: int
+
+
 class Cost(Strict):
     """Time and memory. FB is one forward and backward over the gradient split, measured in this run."""
 
@@ -327,6 +356,14 @@ class Report(JobResult):
     """Mean loss of the returned model, minus what it would be without rounding the pruned weights to the model's 16
     bits, over up to 100 examples of the test split (of all examples, where there is none). Null for a model in
     float32 or float64."""
+    quantized: Quantized | None = None
+    """Where the job asked for it."""
+    not_quantized: str | None = None
+    """Why there is no `quantized/`, where the job asked for it."""
+    gguf: GgufFile | None = None
+    """Where the job asked for it."""
+    not_gguf: str | None = None
+    """Why there is no `gguf/`, where the job asked for it."""
     speed: Speeds | None = None
     """Measured only where what is shipped is smaller or quantized; else it is as the base is."""
     cost: Cost

@@ -20,6 +20,7 @@ from rich.text import Text
 from service.curves import filled
 from service.jobs import Difference
 from service.reports import Cost, Metrics, Report
+from service.sizes import size_rows
 
 SHADES = "·░▒▓█"
 ASCII_SHADES = ".:+*#"
@@ -82,6 +83,9 @@ def draw(report: Report, console: Console) -> None:
     prose(Text(report.verdict, style="bold"))
     console.print()
     console.print(_figures(report))
+    if rows := size_rows(report):
+        console.print()
+        console.print(_sizes(rows))
     console.print()
     if report.curve:
         console.print(_curve(report))
@@ -104,6 +108,13 @@ def _figures(report: Report) -> Table:
         if any(values):
             difference = next((one for one in report.differences if one.metric == name), None)
             table.add_row(name.replace("_", " "), *values, *_interval(difference))
+    return table
+
+
+def _sizes(rows: list[list[str]]) -> Table:
+    table = Table(*(Column(name, justify="right" if name else "left") for name in rows[0]), box=None, pad_edge=False)
+    for row in rows[1:]:
+        table.add_row(*row)
     return table
 
 

@@ -85,6 +85,9 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
     (out / "adapter" / "adapter_config.json").write_text("{}")
     (out / "model").mkdir()
     (out / "model" / "model.safetensors").write_bytes(b"weights" * 100_000)
+    if spec.quantize:
+        (out / "quantized").mkdir()
+        (out / "quantized" / "model.safetensors").write_bytes(b"fewer")
     report = make_report(spec)
     (out / "report.html").write_text(report_page.render(report))
     (out / "report.json").write_text(report.model_dump_json())

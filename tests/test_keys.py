@@ -51,6 +51,8 @@ NEEDS = {
     ("HEAD", "/v1/jobs/{job_id}/adapter.zip"): READ,
     ("GET", "/v1/jobs/{job_id}/model.zip"): READ,
     ("HEAD", "/v1/jobs/{job_id}/model.zip"): READ,
+    ("GET", "/v1/jobs/{job_id}/quantized.zip"): READ,
+    ("HEAD", "/v1/jobs/{job_id}/quantized.zip"): READ,
     ("POST", "/v1/jobs/{job_id}/tries"): SUBMIT,
     ("GET", "/v1/jobs/{job_id}/tries/{try_id}"): READ,
     ("POST", "/v1/files"): SUBMIT,
@@ -134,7 +136,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory, tiny_models: Any) -> Iterat
 @pytest.fixture(scope="module")
 def finished(locked: Locked) -> str:
     """A job of `owner` that has published."""
-    job_id = locked.submit(locked.owner)
+    job_id = locked.submit(locked.owner, quantize="int8")
     worker = WorkerProcess(locked.api.settings.data, connect_url(locked))
     waited = locked.ask("GET", "/v1/jobs/{job_id}", locked.owner, job_id, params={"wait": 60}).json()
     worker.kill()

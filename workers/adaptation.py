@@ -23,6 +23,7 @@ from service.reports import ChangedExample, Factored, Report, Shipped, SkippedMo
 from service.strategies import ComponentsOptions
 from service.tokenizer_files import working_tokenizer
 from workers import masked
+from workers.beside import check_beside, ship_beside
 from workers.bounds import DriftBound
 from workers.changed import changed_examples
 from workers.checkpoints import model_check, reload_check, write_adapter, write_model
@@ -35,7 +36,7 @@ from workers.footprint import Footprint
 from workers.latency import Latency
 from workers.loading import Checkpoint, load
 from workers.model_card import write_cards
-from workers.points import curve, places, weight_bytes
+from workers.points import curve, places
 from workers.progress import OnProgress, Progress
 from workers.ranking import Plan
 from workers.reporting import Findings, Tested, make_report
@@ -43,6 +44,7 @@ from workers.rounding import applied_unrounded
 from workers.rounds import Aim, Rounds
 from workers.search import Search, Subject, check_finite
 from workers.spectrum import Spectrum, SpectrumCache
+from workers.speed import weight_bytes
 from workers.splits import Splits, divide
 from workers.strategies import dictionary, make_search, structures
 from workers.structures import Unit
@@ -80,6 +82,7 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
         targets = dictionary(modules, spec.options)
         units, without = structures(base.model, modules, spec.options)
         layout = layout_for(base, [*splits.pool, *splits.test])
+        check_beside(spec, base)
         aim, size = _aim(spec, model, base, modules, units, out)
 
     with progress.stage(Stage.DECOMPOSING, "decomposing the weights"):
@@ -128,6 +131,7 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
         verification, shipped, factored = _publish(out, spec, base, search, plan, splits)
         points = curve(rounds, {k: tested[k].outcome for k in tested}, out, model.folder) if rounds else []
         check_unchanged(model)
+        beside = ship_beside(spec, model.folder, out, subject, plan, splits.test or splits.pool, points, progress)
 
     report = make_report(
         spec,
@@ -149,14 +153,19 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
             [*skipped, *without, *_unreached(search, targets)],
             changed,
             targets,
-            points,
+            beside.curve,
+            beside,
         ),
         progress.cost(search.clock, out),
     )
-    write_cards(out, report, model.folder, masked=base.masked)
+    _write_report(out, report, model.folder, masked=base.masked)
+    return report
+
+
+def _write_report(out: Path, report: Report, base: Path, *, masked: bool) -> None:
+    write_cards(out, report, base, masked=masked)
     (out / "report.html").write_text(report_page.render(report))
     (out / "report.json").write_text(report.model_dump_json(indent=2))
-    return report
 
 
 def _aim(

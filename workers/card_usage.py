@@ -20,7 +20,7 @@ def _pinned(report: Report) -> str:
     return f'"{model.id}"{pin}'
 
 
-def _ask(report: Report, *, masked: bool) -> str:
+def ask(report: Report, *, masked: bool) -> str:
     """Lines that get an answer of `model` by `tokenizer`."""
     if masked:
         return """prompt = f"... {tokenizer.mask_token} ..."  # as in the examples
@@ -53,7 +53,7 @@ from transformers import {auto}, AutoTokenizer
 base = {auto}.from_pretrained({base}, dtype="auto")  # or a folder that holds it
 tokenizer = AutoTokenizer.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "adapter").eval()  # this folder
-{_ask(report, masked=masked)}
+{ask(report, masked=masked)}
 ```
 
 `model.merge_and_unload()` puts it into the weights.
@@ -93,7 +93,7 @@ from transformers import {auto}, AutoTokenizer
 
 model = {auto}.from_pretrained("model", dtype="auto").eval()  # this folder
 tokenizer = AutoTokenizer.from_pretrained("model")
-{_ask(report, masked=masked)}
+{ask(report, masked=masked)}
 ```
 {served}"""
 
@@ -118,6 +118,6 @@ from load_factored import load_factored
 
 model = load_factored("factored")
 tokenizer = AutoTokenizer.from_pretrained("factored")
-{_ask(report, masked=masked)}
+{ask(report, masked=masked)}
 ```
 """

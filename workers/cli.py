@@ -83,6 +83,8 @@ def adapt(
     max_drift: Annotated[
         float | None, typer.Option(help="Most change of the model's predictions on neutral text, in nats a token.")
     ] = None,
+    quantize: Annotated[str | None, typer.Option(help="int8 or int4: also store the result in fewer bits.")] = None,
+    gguf: Annotated[str | None, typer.Option(help="f16 or q8_0: also write one file for llama.cpp.")] = None,
     gradient: Annotated[int | None, typer.Option(help="The first N rows are the gradient split.")] = None,
     selection: Annotated[int, typer.Option(help="With --gradient: the next N rows select; 0 cross-fits.")] = 0,
     test: Annotated[int | None, typer.Option(help="With --gradient: the next N rows test; all that are left.")] = None,
@@ -109,6 +111,8 @@ def adapt(
         "prompt_format": prompt_format,
         "seed": seed,
         "max_drift": max_drift,
+        "quantize": quantize,
+        "gguf": gguf,
     }
     run(file, fields, out, settings, rows=(gradient, selection, test), as_json=as_json)
 
@@ -130,6 +134,22 @@ def apply(
         from workers.applying import run  # noqa: PLC0415 - imports torch
 
     run(adapter, base, out, Settings.load(data=data))
+
+
+def gguf(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A checkpoint: the model/ of `c2i download`, say.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="A new file.")],
+    kind: Annotated[str, typer.Option("--type", help="f16, or q8_0 for 8 bits.")] = "q8_0",
+) -> None:
+    """Write a checkpoint as one GGUF file, which llama.cpp and what is built on it load.
+
+    Example: c2i gguf adapted/model --out model.gguf
+    """
+    go_offline()
+    with _starting():
+        from workers.gguf_files import run  # noqa: PLC0415 - imports torch
+
+    run(folder, out, kind)
 
 
 def bench(

@@ -18,7 +18,8 @@ from service.curves import filled
 from service.goals import Goal
 from service.jobs import PromptFormat
 from service.reports import CurvePoint, Metrics, Report, Shipped
-from workers.card_usage import use_adapter, use_factored, use_model
+from workers.card_usage import ask, use_adapter, use_factored, use_model
+from workers.quantized_card import quantized_use, size_table
 
 MOST_LABELS = 12
 LONGEST_LABEL = 24
@@ -53,6 +54,10 @@ def write_cards(out: Path, report: Report, base: Path, *, masked: bool) -> None:
         use = use_model(report, _shipped(out / point.path, report), masked=masked)
         text = f"{front}\n{_about_point(report, point, licence)}\n{use}"
         (out / point.path / "README.md").write_text(text)
+    if report.quantized:
+        quantized = _front_matter(report, licence, pipeline, library="transformers", relation="quantized")
+        use = quantized_use(report.quantized, ask(report, masked=masked), masked=masked)
+        (out / "quantized" / "README.md").write_text(f"{quantized}\n{about}\n{use}")
     if not (out / "adapter").is_dir():
         return
     rank = int(json.loads((out / "adapter" / "adapter_config.json").read_text())["r"])
@@ -156,7 +161,7 @@ def _about(report: Report, licence: str | None) -> str:
 {_results(report)}
 
 {_curve(report)}
-Intervals are 95 %. Out of the test examples, {report.gained} were gained and {report.lost} lost.
+{size_table(report)}Intervals are 95 %. Out of the test examples, {report.gained} were gained and {report.lost} lost.
 
 {_plan(report)}## Side effects
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from service.reports import CurvePoint
-from service.weights import weight_files
 from workers.evaluation import Outcome
 from workers.rounds import Rounds
+from workers.speed import weight_bytes
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,3 @@ def curve(rounds: Rounds, outcomes: Mapping[int, Outcome], out: Path, base: Path
             )
         )
     return points
-
-
-def weight_bytes(folder: Path) -> int:
-    """Of a checkpoint's weight files."""
-    return sum(path.stat().st_size for path in weight_files(folder))

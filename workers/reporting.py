@@ -28,6 +28,7 @@ from service.reports import (
     TargetModule,
     Verification,
 )
+from workers.beside import Beside
 from workers.branches import Branch, find_branches
 from workers.cuts import useless
 from workers.evaluation import Outcome, changes, differences, metrics
@@ -76,6 +77,7 @@ class Findings:
     """Those that could be touched."""
     curve: list[CurvePoint]
     """Of `compress`."""
+    beside: Beside
 
 
 def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Report:
@@ -93,7 +95,7 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
     parameters = sum(p.numel() for p in found.subject.model.parameters())
     return Report(
         improved=found.verdict.improved,
-        verdict=found.verdict.sentence,
+        verdict=" ".join(filter(None, [found.verdict.sentence, found.beside.sentence])),
         difference=found.verdict.difference,
         removed=_removed(found.subject, found.plan, structures, branches),
         drift=_drift(returned, found),
@@ -136,6 +138,11 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
         shipped=found.shipped,
         verification=found.verification,
         rounding_loss=found.rounding_loss,
+        quantized=found.beside.quantized,
+        not_quantized=found.beside.not_quantized,
+        gguf=found.beside.gguf,
+        not_gguf=found.beside.not_gguf,
+        speed=found.beside.speed,
         cost=cost,
         versions={name: importlib.metadata.version(name) for name in PACKAGES}
         | {"python": platform.python_version(), "platform": platform.platform()},

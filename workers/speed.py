@@ -14,7 +14,6 @@ import inspect
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -85,12 +84,17 @@ def _best(folder: Path, rounds: Sequence[Round]) -> Speed:
     decoding = [run.decode_seconds for run in runs if run.decode_seconds is not None]
     joules = [run.joules for run in runs if run.joules is not None]
     return Speed(
-        bytes=sum(path.stat().st_size for path in weight_files(folder)),
+        bytes=weight_bytes(folder),
         peak_memory_bytes=max(one.peak_memory_bytes for one in rounds),
         prefill_tokens_per_second=rounds[0].tokens / min(run.prefill_seconds for run in runs),
         decode_tokens_per_second=1 / min(decoding) if decoding else None,
         joules_per_token=min(joules) if joules else None,
     )
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a checkpoint's weights' files."""
+    return sum(path.stat().st_size for path in weight_files(folder))
 
 
 class Probe:
@@ -170,8 +174,14 @@ def _round(folder: Path, threads: int) -> Round:
     with torch.inference_mode():
         while len(runs) < FEWEST_RUNS or time.perf_counter() - began < RUNS_SECONDS:
             runs.append(_run(model, prompt, meter, masked=masked))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    return Round(runs=runs, tokens=length, peak_memory_bytes=torch.cuda.max_memory_allocated() if gpu else peak)
+    peak = torch.cuda.max_memory_allocated() if gpu else _peak_memory()
+    return Round(runs=runs, tokens=length, peak_memory_bytes=peak)
+
+
+def _peak_memory() -> int:
+    """The most that this process had in memory. `getrusage` would tell that of the process that it was forked from."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]) * 1024
 
 
 def _load(folder: Path, *, masked: bool) -> Any:

@@ -15,7 +15,7 @@ from service.commands.following import end, follow, suggest
 from service.commands.options import DEFAULT_URL, AsJson, ModelOption, Url, connect, console
 from service.errors import InvalidInput
 from service.goals import Goal
-from service.jobs import Objective, PromptFormat
+from service.jobs import Gguf, Objective, PromptFormat, Quantize
 from service.strategies import Strategy, read_options
 from service.terminal import clock
 
@@ -42,6 +42,8 @@ def submit(
     max_drift: Annotated[
         float | None, typer.Option(help="Most change of the model's predictions on neutral text, in nats a token.")
     ] = None,
+    quantize: Annotated[Quantize | None, typer.Option(help="Also store the result in fewer bits.")] = None,
+    gguf: Annotated[Gguf | None, typer.Option(help="Also write the result as one file for llama.cpp.")] = None,
     webhook: Annotated[str | None, typer.Option(metavar="URL", help="An https URL to be told of the end.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check it and tell what it would take; no job.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Watch the job to its end.")] = False,
@@ -70,6 +72,8 @@ def submit(
         "prompt_format": prompt_format.value,
         "seed": seed,
         "max_drift": max_drift,
+        "quantize": quantize.value if quantize else None,
+        "gguf": gguf.value if gguf else None,
         "webhook": {"url": webhook} if webhook else None,
         **{name: lines.objects for name, lines in files.items()},
     }

@@ -13,7 +13,18 @@ from service.jobs import Body, JobSpec, MetadataKey, MetadataValue, PromptFormat
 from service.openai.examples import TrainingFile
 from service.strict import Strict
 
-SETTINGS = ("goal", "target", "strategy", "strategy_options", "passes", "objective", "prompt_format", "max_drift")
+SETTINGS = (
+    "goal",
+    "target",
+    "strategy",
+    "strategy_options",
+    "passes",
+    "objective",
+    "prompt_format",
+    "max_drift",
+    "quantize",
+    "gguf",
+)
 WITHIN = "method.compress_to_impress"
 MAX_PASSES = 8
 
@@ -38,7 +49,7 @@ class Supervised(Strict):
 
 class Method(Strict):
     """How to adapt. `compress_to_impress` holds `goal`, `target`, `strategy`, `strategy_options`, `passes`,
-    `objective`, `prompt_format` and `max_drift` as `POST /v1/jobs` has them."""
+    `objective`, `prompt_format`, `max_drift`, `quantize` and `gguf` as `POST /v1/jobs` has them."""
 
     type: Literal["compress_to_impress", "supervised"]
     compress_to_impress: dict[str, Any] | None = None

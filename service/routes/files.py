@@ -172,6 +172,13 @@ def get_model(
     return _archive(service, job, f"point-{point}", path, if_none_match)
 
 
+@router.get("/quantized.zip", response_class=StreamingResponse, responses=ERRORS)
+@router.head("/quantized.zip", include_in_schema=False)
+def get_quantized(caller: Reader, service: TheService, job_id: JobId, if_none_match: IfNoneMatch = None) -> Response:
+    """The checkpoint in fewer bits, of a job that asked for it, with the report."""
+    return _archive(service, _finished(caller, service, job_id), "quantized", "quantized/", if_none_match)
+
+
 def _finished(caller: Caller, service: Service, job_id: str) -> Job:
     job = service.queue.get(job_id, caller.sees)
     if job.status is not JobStatus.SUCCEEDED:
@@ -210,7 +217,7 @@ def archive_bytes(service: Service, job: Job, folder: str) -> int:
 def _members(service: Service, job: Job, folder: str) -> list[ArtifactFile]:
     there = service.store.files(job.id, job.attempt)
     if not any(file.path.startswith(folder) for file in there):
-        if job.goal is Goal.COMPRESS:
+        if job.goal is Goal.COMPRESS and folder == "adapter/":
             raise NotFound(
                 "a compressed model has no adapter: no small LoRA takes whole structures out of a model; take model.zip"
             )

@@ -15,12 +15,15 @@ export function downloads(id, files) {
   const trouble = h("div");
   const folder = (name) => files.filter((file) => file.path.startsWith(`${name}/`)).reduce((sum, file) => sum + file.bytes, 0);
   const single = (path) => files.find((file) => file.path === path)?.bytes ?? 0;
+  const gguf = files.find((file) => file.path.startsWith("gguf/"))?.path ?? "";
   const offered = [
     ["adapter.zip", "Adapter", "a LoRA for PEFT, vLLM and others, with the report", folder("adapter"), `/v1/jobs/${id}/adapter.zip`],
     ...pointsOf(files).map((point) => [
       `point-${point}.zip`, `Model of point ${point}`, "a step on the way, larger than the last", folder(`points/${point}`), `/v1/jobs/${id}/model.zip?point=${point}`,
     ]),
     ["model.zip", "Whole model", "safetensors, configuration and tokenizer", folder("model"), `/v1/jobs/${id}/model.zip`],
+    ["quantized.zip", "Model in fewer bits", "the whole model, quantized", folder("quantized"), `/v1/jobs/${id}/quantized.zip`],
+    [gguf.split("/").at(-1), "GGUF file", "the whole model for llama.cpp", single(gguf), `/v1/jobs/${id}/files/${gguf}`],
     ["report.html", "Report", "to read, print and pass on", single("report.html"), `/v1/jobs/${id}/files/report.html`],
     ["report.json", "Report as JSON", "every step and number", single("report.json"), `/v1/jobs/${id}/files/report.json`],
     ["README.md", "Model card", "for the Hub", single("README.md"), `/v1/jobs/${id}/files/README.md`],

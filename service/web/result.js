@@ -11,7 +11,7 @@ import { bytes, count, element, fold, number, plural, pValue, range, seconds, si
  * @param {{links?: Record<string, string>}} [options] `links`: what can be downloaded, its address by its name
  */
 export function renderResult(root, report, { links = {} } = {}) {
-  const drawn = [verdict, curve, gains, removed, structures, candidates, labels, price, changed, details];
+  const drawn = [verdict, curve, gains, removed, structures, candidates, labels, sizes, price, changed, details];
   const parts = drawn.map((part) => part(report, links)).filter(Boolean);
   const halves = parts.filter((part) => !part.classList.contains("wide"));
   if (halves.length % 2) halves.at(-1).classList.add("wide");
@@ -364,6 +364,35 @@ function card(example) {
       answer("base", example.base_answer, example.base_correct),
       answer("adapted", example.adapted_answer, example.adapted_correct),
     ),
+  );
+}
+
+// --- size and speed -----------------------------------------------------------------------------------------------
+
+/** What base and result weigh and how fast they are, where that was measured. */
+function sizes(report) {
+  const { speed, quantized } = report;
+  if (!speed) return null;
+  const models = [["base", speed.base, report.base], ["adapted", speed.model, report.adapted]];
+  if (speed.quantized && quantized) models.push([`adapted, ${quantized.bits}`, speed.quantized, quantized]);
+  const columns = [
+    ["weights", (measured) => bytes(measured.bytes)],
+    ["peak memory", (measured) => bytes(measured.peak_memory_bytes)],
+    ["prompt, tokens/s", (measured) => number(measured.prefill_tokens_per_second, 0)],
+    ["decoding, tokens/s", (measured) => number(measured.decode_tokens_per_second, 1)],
+    ["joules a token", (measured) => number(measured.joules_per_token, 2)],
+    ["accuracy", (_, scores) => number(scores.accuracy, 3)],
+    ["exact match", (_, scores) => number(scores.exact_match, 3)],
+    ["loss", (_, scores) => number(scores.loss, 3)],
+  ];
+  const told = ([title]) => ({ "decoding, tokens/s": speed.base.decode_tokens_per_second, "joules a token": speed.base.joules_per_token, accuracy: report.base.accuracy })[title] !== null;
+  const shown = columns.filter(told);
+  const rows = models.map(([name, measured, scores]) => [name, ...shown.map(([, cell]) => cell(measured, scores))]);
+  const how = quantized ? ` ${quantized.bits}: ${quantized.method} (${quantized.library}); embeddings, head and norms in ${quantized.dtype}.` : "";
+  return wideSection(
+    "Size and speed",
+    table("Size and speed", ["", ...shown.map(([title]) => title)], rows, { hideCaption: true }),
+    sentence(`Measured on the machine of the job, base and results in turn. Memory is the most that a process took which only loads and runs the model, Python and torch too.${how}`, "note"),
   );
 }
 

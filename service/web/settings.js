@@ -28,8 +28,14 @@ const OBJECTIVES = [
   ["completion", "The answer's likelihood alone"],
 ];
 
+const QUANTIZED = [
+  ["", "no"],
+  ["int8", "int8: about a third of the bytes, hardly another model"],
+  ["int4", "int4: about a fifth, and it may lose some"],
+];
+
 /** What a new draft begins with. */
-export const DEFAULTS = { goal: "improve", measure: "parameters", size: 80, strategy: "components", passes: 3, objective: "both", prompt_format: "text", seed: 0, max_drift: "" };
+export const DEFAULTS = { goal: "improve", measure: "parameters", size: 80, strategy: "components", passes: 3, objective: "both", prompt_format: "text", seed: 0, max_drift: "", quantize: "", gguf: "" };
 
 /**
  * The controls; each writes into `draft` and calls `changed`.
@@ -75,6 +81,16 @@ export function settingsPanel(draft, changed) {
         "Drift, at most",
         number("max_drift", { min: 0, step: "any", placeholder: "no limit" }, draft.max_drift, set("max_drift")),
         "How far predictions on unrelated text may move, in nats a token. 0.1 is little, 1 is much.",
+      ),
+      field(
+        "Also in fewer bits",
+        select("quantize", QUANTIZED, draft.quantize, set("quantize")),
+        "Beside the whole model; tested again, so that you see what it costs.",
+      ),
+      field(
+        "Also for llama.cpp",
+        select("gguf", [["", "no"], ["q8_0", "a GGUF file in 8 bits"], ["f16", "a GGUF file in 16 bits"]], draft.gguf, set("gguf")),
+        "One file that phones and laptops run. Of Llama's, Qwen's and GPT-2's kind.",
       ),
       field("Seed", number("seed", { min: 0, step: 1 }, draft.seed, set("seed")), "The same seed and examples give the same result."),
     ),
@@ -160,5 +176,7 @@ export function settingsOf(draft) {
     prompt_format: draft.prompt_format,
     seed: whole(draft.seed),
     max_drift: draft.max_drift === "" ? null : whole(draft.max_drift),
+    quantize: draft.quantize || null,
+    gguf: draft.gguf || null,
   };
 }

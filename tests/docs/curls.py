@@ -24,6 +24,7 @@ curl -sN {URL}/v1/jobs/JOB/events -H 'Accept: text/event-stream'  # 200""",
 curl -sO {URL}/v1/jobs/JOB/files/adapter/adapter_model.safetensors  # 200
 curl -s -C 100 -o rest.bin {URL}/v1/jobs/JOB/files/adapter/adapter_model.safetensors  # 206""",
     ("GET", "/v1/jobs/{job_id}/adapter.zip"): f"curl -sO {URL}/v1/jobs/JOB/adapter.zip  # 200",
+    ("GET", "/v1/jobs/{job_id}/quantized.zip"): f"curl -sO {URL}/v1/jobs/JOB/quantized.zip  # 200",
     ("GET", "/v1/jobs/{job_id}/model.zip"): f"curl -sO {URL}/v1/jobs/JOB/model.zip  # 200",
     ("POST", "/v1/jobs/{job_id}/tries"): f"""\
 TRY=$(curl -s {URL}/v1/jobs/JOB/tries {JSON} -d '{{"prompt": "The capital of France is", "max_tokens": 8}}' \\

@@ -22,6 +22,7 @@ NOT_RUN: Final[dict[tuple[str, str], str]] = {
     ("README.md", "c2i serve"): "serves until it is stopped: the sandbox has one",
     ("README.md", "c2i bench"): "hours; tests/test_benchmark.py runs a small one",
     ("README.md", "service/ "): "the tree; no code",
+    ("docs/api.md", "curl -sO http://127.0.0.1:8000/v1/jobs/JOB/quantized.zip"): "only of a job that asked for it",
     ("docs/method.md", "python -m tests.docs.figure"): "downloads a model, and takes minutes",
     ("docs/operating.md", "REDIS_URL=redis://redis.internal"): "runs until it is stopped",
     ("docs/extending.md", "python -m pytest"): "the architecture is no part of the tests",

@@ -1,0 +1,118 @@
+"""Models in fewer bits: stock transformers loads them, they are smaller, and they are what was tested."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+from service.errors import InvalidInput
+from service.jobs import Quantize
+from service.terminal import draw
+from tests import tiny
+from tests.planted import Planted
+from tests.test_adaptation import Run
+from workers.loading import load_model
+from workers.quantizing import check_quantizable, quantize
+from workers.speed import weight_bytes
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # peft 0.21 asks transformers 5 for a property under its old name.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+TinyModels = Callable[..., Path]
+PROMPT = torch.tensor([[11, 42, 97, 5, 33, 18, 64]])
+
+
+# The MLP's inner weights of the last do not fit bitsandbytes' blocks, and stay in 16 bits.
+SHAPES = {"gpt2": {"n_embd": 64}, "qwen3": {"hidden_size": 64, "intermediate_size": 80, "head_dim": 32}}
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    found: Tensor = model(input_ids=PROMPT).logits
+    return found.float()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "bits"),
+    [("llama", "int8"), ("gemma2", "int8"), ("phi3", "int8"), ("bert", "int8"), ("gpt2", "int4"), ("qwen3", "int4")],
+)
+def test_a_quantized_checkpoint_is_smaller_near_the_model_and_loaded_by_anyone(
+    architecture: str, bits: str, tmp_path: Path
+) -> None:
+    source = tiny.build(architecture, tmp_path / "source", shape=SHAPES.get(architecture))
+    folder = tmp_path / "quantized"
+    model = load_model(source)
+    check_quantizable(model, Quantize(bits))
+    tested = logits(quantize(source, folder, Quantize(bits)))
+    auto_model: Any = AutoModelForMaskedLM if architecture in tiny.MASKED else AutoModelForCausalLM
+    assert torch.equal(logits(auto_model.from_pretrained(folder, dtype="auto").eval()), tested)
+    off = (tested - logits(model)).square().mean() / logits(model).square().mean()
+    assert 0 < off < {"int8": 0.02, "int4": 0.2}[bits]
+    assert weight_bytes(folder) < 0.75 * weight_bytes(source)
+    written = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= written
+    assert not {path.suffix for path in folder.iterdir()} - {".json", ".jinja", ".safetensors"}
+
+
+@pytest.mark.parametrize(("architecture", "told"), [("gpt2", "int4 takes it"), ("mixtral", "leave it out")])
+def test_what_cannot_be_quantized_is_refused_before_any_work(
+    architecture: str, told: str, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    folder = tiny_models(architecture)
+    with pytest.raises(InvalidInput, match=told) as refused:
+        Run(folder, tmp_path / "out", tmp_path / "cache", examples=tiny.learnable_examples(), quantize="int8")
+    assert refused.value.param == "quantize"
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_quantized_model_is_tested_again_and_everyone_is_told(planted: Planted, tmp_path: Path) -> None:
+    rows = [example.model_dump() for example in planted.examples]
+    run = Run(planted.folder, tmp_path / "out", tmp_path / "cache", examples=rows, quantize="int8")
+    report, found = run.report, run.report.quantized
+    assert report.improved
+    assert found is not None
+    assert report.not_quantized is None
+    assert found.bytes == weight_bytes(run.out / "quantized")
+    assert found.fraction == found.bytes / weight_bytes(planted.folder) < 0.6
+    assert found.verification == 0
+    fall = found.differences[0]
+    assert fall.metric == "accuracy"
+    assert report.adapted.accuracy is not None
+    assert found.accuracy == pytest.approx(report.adapted.accuracy + fall.value)
+    percent = f"In int8 it has {100 * found.fraction:.0f} % of the base's bytes: accuracy over the choices"
+    assert percent in report.verdict
+    assert report.speed is not None
+    assert report.speed.base.bytes == report.speed.model.bytes == weight_bytes(planted.folder)
+    assert report.speed.quantized is not None
+    assert report.speed.quantized.bytes == found.bytes
+    console = Console(width=80, record=True)
+    draw(report, console)
+    card = (run.out / "quantized" / "README.md").read_text()
+    for text in (console.export_text(), card, (run.out / "model" / "README.md").read_text()):
+        assert "adapted, int8" in text
+        assert f"{found.bytes / 1e6:.1f} MB" in text
+    assert "base_model_relation: quantized" in card
+    assert "pip install torchao" in card
+
+
+def test_a_job_is_not_lost_for_what_fails_at_its_end(planted: Planted, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "quantized").touch()  # where the folder is to be
+    rows = [example.model_dump() for example in planted.examples]
+    run = Run(planted.folder, tmp_path / "out", tmp_path / "cache", examples=rows, quantize="int8")
+    assert run.report.improved
+    assert run.report.quantized is None
+    assert run.report.not_quantized == "the library that does it failed (FileExistsError)"
+    assert "It is not quantized" in run.report.verdict
+    assert run.report.speed is None  # nothing is smaller
+    assert any("not quantized" in message for *_, message in run.told)
