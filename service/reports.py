@@ -365,7 +365,8 @@ class Report(JobResult):
     not_gguf: str | None = None
     """Why there is no `gguf/`, where the job asked for it."""
     speed: Speeds | None = None
-    """Measured only where what is shipped is smaller or quantized; else it is as the base is."""
+    """Measured only where what is shipped is smaller or quantized, else it is as the base is; and of no model of less
+    than a megabyte, which has no speed to speak of."""
     cost: Cost
     versions: dict[str, str]
 

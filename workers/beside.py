@@ -26,6 +26,9 @@ from workers.speed import measure, weight_bytes
 
 logger = named(__name__)
 
+# A smaller model's speed is that of Python: it is not measured.
+FEWEST_BYTES = 1_000_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class Beside:
@@ -100,7 +103,8 @@ def ship_beside(
             shutil.rmtree(out / "gguf", ignore_errors=True)
             progress.tell(Stage.PUBLISHING, 0.6, f"no GGUF file: {not_gguf}")
     speed = None
-    if quantized or weight_bytes(out / "model") < weight_bytes(base):
+    smaller = quantized or weight_bytes(out / "model") < weight_bytes(base)
+    if smaller and weight_bytes(base) >= FEWEST_BYTES:
         progress.tell(Stage.PUBLISHING, 0.7, "measuring speed and memory")
         speed, points = _speeds(base, out, points, quantized=quantized is not None)
     return Beside(
