@@ -14,11 +14,10 @@ from workers.checkpoints import write_model
 from workers.compressing import make_chooser
 from workers.footprint import Footprint
 from workers.loading import Checkpoint
-from workers.points import weight_bytes
 from workers.ranking import Plan
 from workers.rounds import Aim, Rounds
 from workers.search import Search, Subject
-from workers.speed import measure
+from workers.speed import measure, weight_bytes
 
 ROUNDS = 2
 """As a job of two passes."""
