@@ -67,6 +67,9 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
         case "slow":  # ends a second after it is seen at work
             on_progress(Stage.SEARCHING, 50.0, 1.0, "at work")
             threading.Event().wait(1)
+        case "factor":
+            (out / "factored").mkdir()
+            (out / "factored" / "load_factored.py").write_text("pass")
         case "bug":
             raise RuntimeError(f"secret {spec.examples[0].prompt} in {out}")
         case "tell":

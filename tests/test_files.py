@@ -18,10 +18,10 @@ from tests import stand_in
 from tests.live import Api, spec
 
 
-def finish(api: Api) -> str:
+def finish(api: Api, do: str = "publish") -> str:
     """A job that has succeeded, put through the queue and the store as a worker does."""
     queue, store = api.service.queue, api.service.store
-    job_id, parsed = new_job_id(), JobSpec.parse(spec())
+    job_id, parsed = new_job_id(), JobSpec.parse(spec(metadata={"do": do}))
     store.put_input(job_id, parsed)
     queue.create(job_id, parsed)
     attempt = queue.start(job_id)
@@ -163,6 +163,19 @@ def test_a_browser_is_shown_the_report_and_a_program_gets_it(
 def test_a_path_that_is_not_in_the_manifest_is_404(http: httpx.Client, job: str, path: str) -> None:
     response = http.get(f"/v1/jobs/{job}/files/{path}")
     assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
+
+
+def test_factors_are_there_where_a_job_made_some(http: httpx.Client, job: str, shared_api: Api) -> None:
+    refused = http.get(f"/v1/jobs/{job}/factored.zip")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (404, "not_found")
+    assert "take model.zip" in refused.json()["error"]["message"]
+    made = finish(shared_api, "factor")
+    archive = zipfile.ZipFile(io.BytesIO(http.get(f"/v1/jobs/{made}/factored.zip").content))
+    name = f"{made}-factored"
+    assert sorted(archive.namelist()) == [
+        f"{name}/{file}" for file in ("factored/load_factored.py", "report.html", "report.json")
+    ]
+    assert http.delete(f"/v1/jobs/{made}").status_code == 204
 
 
 def test_there_are_no_artifacts_before_success(shared_api: Api) -> None:

@@ -53,6 +53,8 @@ NEEDS = {
     ("HEAD", "/v1/jobs/{job_id}/model.zip"): READ,
     ("GET", "/v1/jobs/{job_id}/quantized.zip"): READ,
     ("HEAD", "/v1/jobs/{job_id}/quantized.zip"): READ,
+    ("GET", "/v1/jobs/{job_id}/factored.zip"): READ,
+    ("HEAD", "/v1/jobs/{job_id}/factored.zip"): READ,
     ("POST", "/v1/jobs/{job_id}/tries"): SUBMIT,
     ("GET", "/v1/jobs/{job_id}/tries/{try_id}"): READ,
     ("POST", "/v1/files"): SUBMIT,
@@ -137,6 +139,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory, tiny_models: Any) -> Iterat
 def finished(locked: Locked) -> str:
     """A job of `owner` that has published."""
     job_id = locked.submit(locked.owner, quantize="int8")
+    job_id = locked.submit(locked.owner, metadata={"do": "factor"})
     worker = WorkerProcess(locked.api.settings.data, connect_url(locked))
     waited = locked.ask("GET", "/v1/jobs/{job_id}", locked.owner, job_id, params={"wait": 60}).json()
     worker.kill()

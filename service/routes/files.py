@@ -179,6 +179,14 @@ def get_quantized(caller: Reader, service: TheService, job_id: JobId, if_none_ma
     return _archive(service, _finished(caller, service, job_id), "quantized", "quantized/", if_none_match)
 
 
+@router.get("/factored.zip", response_class=StreamingResponse, responses=ERRORS)
+@router.head("/factored.zip", include_in_schema=False)
+def get_factored(caller: Reader, service: TheService, job_id: JobId, if_none_match: IfNoneMatch = None) -> Response:
+    """The checkpoint with weights of low rank as two factors and what loads it, with the report. Few jobs have one:
+    `factored` of the report says so."""
+    return _archive(service, _finished(caller, service, job_id), "factored", "factored/", if_none_match)
+
+
 def _finished(caller: Caller, service: Service, job_id: str) -> Job:
     job = service.queue.get(job_id, caller.sees)
     if job.status is not JobStatus.SUCCEEDED:
@@ -217,6 +225,10 @@ def archive_bytes(service: Service, job: Job, folder: str) -> int:
 def _members(service: Service, job: Job, folder: str) -> list[ArtifactFile]:
     there = service.store.files(job.id, job.attempt)
     if not any(file.path.startswith(folder) for file in there):
+        if folder == "factored/":
+            raise NotFound(
+                "the job's weights keep too many components for two factors to save anything; take model.zip"
+            )
         if job.goal is Goal.COMPRESS and folder == "adapter/":
             raise NotFound(
                 "a compressed model has no adapter: no small LoRA takes whole structures out of a model; take model.zip"

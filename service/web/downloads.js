@@ -24,6 +24,7 @@ export function downloads(id, files) {
     ["model.zip", "Whole model", "safetensors, configuration and tokenizer", folder("model"), `/v1/jobs/${id}/model.zip`],
     ["quantized.zip", "Model in fewer bits", "the whole model, quantized", folder("quantized"), `/v1/jobs/${id}/quantized.zip`],
     [gguf.split("/").at(-1), "GGUF file", "the whole model for llama.cpp", single(gguf), `/v1/jobs/${id}/files/${gguf}`],
+    ["factored.zip", "Model in factors", "weights of low rank as two factors, and the file that loads it", folder("factored"), `/v1/jobs/${id}/factored.zip`],
     ["report.html", "Report", "to read, print and pass on", single("report.html"), `/v1/jobs/${id}/files/report.html`],
     ["report.json", "Report as JSON", "every step and number", single("report.json"), `/v1/jobs/${id}/files/report.json`],
     ["README.md", "Model card", "for the Hub", single("README.md"), `/v1/jobs/${id}/files/README.md`],
