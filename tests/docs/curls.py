@@ -26,7 +26,7 @@ curl -s -C 100 -o rest.bin {URL}/v1/jobs/JOB/files/adapter/adapter_model.safeten
     ("GET", "/v1/jobs/{job_id}/adapter.zip"): f"curl -sO {URL}/v1/jobs/JOB/adapter.zip  # 200",
     ("GET", "/v1/jobs/{job_id}/quantized.zip"): f"curl -sO {URL}/v1/jobs/JOB/quantized.zip  # 200",
     ("GET", "/v1/jobs/{job_id}/model.zip"): f"curl -sO {URL}/v1/jobs/JOB/model.zip  # 200",
-    ("GET", "/v1/jobs/{job_id}/factored.zip"): f"curl -s {URL}/v1/jobs/JOB/factored.zip  # 404",
+    ("GET", "/v1/jobs/{job_id}/factored.zip"): f"curl -sO {URL}/v1/jobs/JOB/factored.zip  # 200",
     ("POST", "/v1/jobs/{job_id}/tries"): f"""\
 TRY=$(curl -s {URL}/v1/jobs/JOB/tries {JSON} -d '{{"prompt": "The capital of France is", "max_tokens": 8}}' \\
   | grep -o 'try_[0-9a-z]*')  # 202""",
