@@ -138,8 +138,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory, tiny_models: Any) -> Iterat
 @pytest.fixture(scope="module")
 def finished(locked: Locked) -> str:
     """A job of `owner` that has published."""
-    job_id = locked.submit(locked.owner, quantize="int8")
-    job_id = locked.submit(locked.owner, metadata={"do": "factor"})
+    job_id = locked.submit(locked.owner, quantize="int8", metadata={"do": "factor"})
     worker = WorkerProcess(locked.api.settings.data, connect_url(locked))
     waited = locked.ask("GET", "/v1/jobs/{job_id}", locked.owner, job_id, params={"wait": 60}).json()
     worker.kill()
