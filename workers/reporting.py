@@ -95,7 +95,7 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
     parameters = sum(p.numel() for p in found.subject.model.parameters())
     return Report(
         improved=found.verdict.improved,
-        verdict=" ".join(filter(None, [found.verdict.sentence, found.beside.sentence])),
+        verdict=" ".join(filter(None, [found.verdict.sentence, _latency(spec, found), found.beside.sentence])),
         difference=found.verdict.difference,
         removed=_removed(found.subject, found.plan, structures, branches),
         drift=_drift(returned, found),
@@ -147,6 +147,14 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
         versions={name: importlib.metadata.version(name) for name in PACKAGES}
         | {"python": platform.python_version(), "platform": platform.platform()},
     )
+
+
+def _latency(spec: JobSpec, found: Findings) -> str:
+    """What came out of a latency that was aimed at, where speed was measured."""
+    if spec.target is None or spec.target.measure != "decode_latency" or found.beside.speed is None:
+        return ""
+    base, model = (s.decode_tokens_per_second for s in (found.beside.speed.base, found.beside.speed.model))
+    return f"A token takes {100 * base / model:.0f} % of the base's time." if base and model else ""
 
 
 def _drift(tested: Tested, found: Findings) -> Drift:

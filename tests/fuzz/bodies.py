@@ -14,6 +14,7 @@ from tests.live import spec
 FIELDS = [
     *("model", "examples", "validation", "test", "passes", "strategy", "strategy_options", "objective", "seed"),
     *("prompt_format", "metadata", "max_drift", "quantize", "gguf", "webhook", "owner", "__proto__", ""),
+    *("goal", "target"),
 ]
 NUMBERS: list[Any] = [0, -1, 1, 8, 9, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.0, 1e308, 5e-324, True, False, None]
 TEXTS = [
