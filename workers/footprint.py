@@ -1,6 +1,7 @@
 """How large the checkpoint is that a plan leaves: numbers and bytes, before anything is written.
 
-Only structures count. A layer takes its norms with it, and what else of the plan was in it goes with it too.
+Only what can be cut off the files counts (`workers.shrinking`): heads that no configuration can be without stand as
+zeros and save nothing.
 """
 
 from __future__ import annotations
@@ -8,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
 from service.goals import Measure
+from workers.loading import Checkpoint
 from workers.ranking import Plan
-from workers.structures import Kind, Unit
-from workers.targets import Target, decoder_blocks
+from workers.shrinking import Anatomy, examine, parameters_left
+from workers.structures import Kind, Tiles, Unit
+from workers.targets import Target
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,29 +28,24 @@ class Footprint:
     number_bytes: int
     """Of a weight in a block."""
     units: Sequence[Unit]
-    layer_numbers: dict[int, int]
-    """Of each block, all that is in it."""
+    anatomy: Anatomy
 
     @classmethod
-    def of(cls, model: nn.Module, units: Sequence[Unit], *, parameters: int, bytes: int) -> Footprint:
-        """Of a model in memory and its files.
+    def of(cls, base: Checkpoint, units: Sequence[Unit], *, parameters: int, bytes: int) -> Footprint:
+        """Of a model in memory, whose weights are its own, and its files.
 
         Args:
             parameters, bytes: of the checkpoint.
         """
-        blocks = decoder_blocks(model)[1]
-        layers = {k: sum(p.numel() for p in block.parameters()) for k, block in enumerate(blocks)}
-        return cls(parameters, bytes, next(model.parameters()).dtype.itemsize, units, layers)
+        return cls(parameters, bytes, base.dtype.itemsize, units, examine(base))
 
     def numbers_gone(self, plan: Plan) -> int:
-        """Numbers that the checkpoint can be without."""
-        gone = gone_layers(plan, self.units)
-        total = sum(self.layer_numbers[layer] for layer in gone)
-        for unit in self.units:
-            indices = plan.structures.get(unit.name)
-            if indices and unit.layer not in gone:
-                total += int(unit.sizes[list(indices)].sum())
-        return total
+        """Numbers that the checkpoint is without. Tiles, which are zeros in any file, count as gone."""
+        tiles = [unit for unit in self.units if isinstance(unit, Tiles)]
+        if tiles:
+            return sum(int(unit.sizes[list(plan.structures.get(unit.name, ()))].sum()) for unit in tiles)
+        whole, left = (parameters_left(self.anatomy, which, self.units) for which in (Plan(), plan))
+        return whole - left
 
     def fraction(self, plan: Plan, measure: Measure = "parameters") -> float:
         """What is left, as a fraction of the base's."""

@@ -49,7 +49,7 @@ def compress(
         InvalidInput: the size cannot be reached.
     """
     units = search.subject.units
-    footprint = Footprint.of(base.model, units, parameters=parameters, bytes=weight_bytes(base.folder))
+    footprint = Footprint.of(base, units, parameters=parameters, bytes=weight_bytes(base.folder))
     aim = Aim(make_chooser(options, units), footprint, Target(parameters=size))
     rounds = Rounds(search, aim, aim.size())
     started = now()
