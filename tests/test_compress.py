@@ -237,6 +237,12 @@ def test_a_job_of_few_examples_is_compressed_and_cross_validated(served: ServePr
     assert report.splits.cross_validated and report.splits.folds
     assert [point.parameters <= size for point, size in zip(report.curve, (0.8, 0.6), strict=True)] == [True, True]
     assert job["result"]["verdict"] == report.verdict
+    listed = served.http.get("/v1/files", params={"purpose": "fine-tune-results"}).json()["data"]
+    assert {file["filename"] for file in listed if job["id"] in file["id"]} == {
+        "step_metrics.csv",
+        "model.zip",
+        "report.json",
+    }
 
 
 def test_every_point_is_downloaded(served: ServeProcess, job: dict[str, Any], tmp_path: Path) -> None:

@@ -255,7 +255,7 @@ def test_no_accepted_plan_exceeds_the_bound_and_it_still_gains(planted: Planted,
     assert 0 < text.drift(held.result.plan) <= most
     assert all(text.drift(plan) <= most for plan in held.plans)
     assert held.result.plan.size < free.result.plan.size
-    assert held.outcomes[-1].loss.mean() < 0.8 * held.outcomes[0].loss.mean()
+    assert held.outcomes[-1].loss.mean() < 0.9 * held.outcomes[0].loss.mean()
     assert "over max_drift" in "".join(report.reason for report in held.passes)
     assert "max_drift" not in "".join(report.reason for report in free.passes)
 
@@ -266,7 +266,7 @@ def test_a_bound_under_the_smallest_grid_size_leaves_room_for_a_smaller_plan(pla
     (report,) = held.passes
     assert report.accepted
     assert 0 < report.chosen < 16
-    assert held.outcomes[1].loss.mean() < 0.8 * held.outcomes[0].loss.mean()
+    assert held.outcomes[1].loss.mean() < 0.9 * held.outcomes[0].loss.mean()
 
 
 def test_a_bound_that_allows_nothing_is_told_to_be_the_reason(planted: Planted) -> None:

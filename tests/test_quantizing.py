@@ -105,6 +105,24 @@ def test_the_quantized_model_is_tested_again_and_everyone_is_told(tmp_path: Path
     assert "pip install torchao" in card
 
 
+@pytest.mark.parametrize(("bits", "target"), [("int8", 0.2), ("int4", 0.12)])
+def test_a_target_of_bytes_is_that_of_the_quantized_model(bits: str, target: float, tmp_path: Path) -> None:
+    shape = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4}
+    base = tiny.build("llama", tmp_path / "llama", shape=shape)
+    fields: dict[str, Any] = {"goal": "compress", "strategy": "layers", "target": {"bytes": target}, "quantize": bits}
+    run = Run(base, tmp_path / "out", tmp_path / "cache", examples=tiny.learnable_examples(), **fields)
+    found, shipped = run.report.quantized, run.report.shipped
+    assert found is not None
+    # The header of so small a file is a few per cent of it.
+    assert found.fraction <= target * 1.03
+    assert f" % of the base's bytes, in {bits};" in run.report.verdict
+    # Not more went than that asks for: with a layer more it would not fit.
+    assert shipped is not None
+    assert shipped.layers is not None
+    a_layer = (found.bytes / weight_bytes(base)) / len(shipped.layers)
+    assert found.fraction + a_layer > target
+
+
 def test_a_job_is_not_lost_for_what_fails_at_its_end(planted: Planted, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "quantized").touch()  # where the folder is to be

@@ -178,7 +178,8 @@ def _aim(
     """
     if spec.target is None:
         return None, 1.0
-    footprint = Footprint.of(base, units, parameters=model.parameters, bytes=weight_bytes(model.folder))
+    files = {"parameters": model.parameters, "bytes": weight_bytes(model.folder)}
+    footprint = Footprint.of(base, units, **files, quantize=spec.quantize)
     timed = spec.target.measure == "decode_latency"
     latency = Latency(base, modules, units, footprint, out / "probe") if timed else None
     aim = Aim(make_chooser(spec.options, units), footprint, spec.target, latency)

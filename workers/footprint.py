@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from service.goals import Measure
+from service.jobs import Quantize
 from workers.loading import Checkpoint
 from workers.ranking import Plan
-from workers.shrinking import Anatomy, examine, parameters_left
+from workers.shrinking import Anatomy, examine, layer_of, parameters_left
 from workers.structures import Kind, Tiles, Unit
 from workers.targets import Target
+
+# Of a number in a block, a little more than its bits for the scales that go with it.
+QUANTIZED_BYTES = {Quantize.INT8: 1.01, Quantize.INT4: 0.53}
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,15 +34,25 @@ class Footprint:
     """Of a weight in a block."""
     units: Sequence[Unit]
     anatomy: Anatomy
+    quantize: Quantize | None = None
+    """Bytes are counted after that."""
 
     @classmethod
-    def of(cls, base: Checkpoint, units: Sequence[Unit], *, parameters: int, bytes: int) -> Footprint:
+    def of(
+        cls,
+        base: Checkpoint,
+        units: Sequence[Unit],
+        *,
+        parameters: int,
+        bytes: int,
+        quantize: Quantize | None = None,
+    ) -> Footprint:
         """Of a model in memory, whose weights are its own, and its files.
 
         Args:
             parameters, bytes: of the checkpoint.
         """
-        return cls(parameters, bytes, base.dtype.itemsize, units, examine(base))
+        return cls(parameters, bytes, base.dtype.itemsize, units, examine(base), quantize)
 
     def numbers_gone(self, plan: Plan) -> int:
         """Numbers that the checkpoint is without. Tiles, which are zeros in any file, count as gone."""
@@ -53,9 +68,15 @@ class Footprint:
             return self.bytes_left(plan) / self.bytes
         return 1 - self.numbers_gone(plan) / self.parameters
 
-    def bytes_left(self, plan: Plan) -> int:
-        """Bytes of the weight files."""
-        return self.bytes - self.numbers_gone(plan) * self.number_bytes
+    def bytes_left(self, plan: Plan) -> float:
+        """Bytes of the weight files, of the quantized ones where those are wanted: embeddings and head then have 16
+        bits, and in blocks a number has its own and its part of the scales."""
+        gone = self.numbers_gone(plan)
+        if self.quantize is None:
+            return self.bytes - gone * self.number_bytes
+        in_blocks = sum(prod(s) for n, s in self.anatomy.shapes.items() if layer_of(n, self.anatomy.prefix) is not None)
+        outside = sum(map(prod, self.anatomy.shapes.values())) - in_blocks
+        return (in_blocks - gone) * QUANTIZED_BYTES[self.quantize] + outside * min(self.number_bytes, 2)
 
 
 def gone_layers(plan: Plan, units: Sequence[Unit]) -> set[int]:

@@ -113,11 +113,12 @@ class Rounds:
         search = self.search
         search.begin()
         search.one_pass(1, search.outcomes[0], _as_pass(1, on_step))
+        start = max(self.size, self.footprint.fraction(Plan(), self.aim.counted))  # under 1 where it is to be quantized
         for number in range(1, rounds + 1):
             if self.aim.latency and number == rounds > 1:
                 with suppress(InvalidInput):  # measured once it could be reached: noise ends no work that is done
                     self.size = self.aim.size(search.plans[-1])
-            size = 1 - (1 - self.size) * number / rounds
+            size = start - (start - self.size) * number / rounds
             before, plan_before = search.outcomes[-1], Plan(structures=search.plans[-1].structures)
             began = search.clock.now()
             tried = self._remove(number, size, _as_pass(2 * number, on_step))
@@ -162,8 +163,9 @@ class Rounds:
     @property
     def left(self) -> str:
         """How much of the base is left in the end, in words: `79.9 % of the base's parameters`."""
-        measure = self.aim.counted
-        return f"{100 * self.footprint.fraction(self.search.plans[-1], measure):.1f} % of the base's {measure}"
+        measure, quantize = self.aim.counted, self.footprint.quantize
+        bits = f", in {quantize}" if quantize and measure == "bytes" else ""
+        return f"{100 * self.footprint.fraction(self.search.plans[-1], measure):.1f} % of the base's {measure}{bits}"
 
     def _remove(self, number: int, size: float, on_step: OnStep) -> list[Candidate]:
         """Have every track choose; what was tried for the result."""

@@ -40,10 +40,14 @@ def file_id(job_id: str, kind: str) -> str:
     return f"file-{job_id}-{kind}"
 
 
+def kinds_of(job: Job) -> tuple[str, ...]:
+    """Which files come of a job, scripts' CSV first, since OpenAI has no other."""
+    return METRICS, MODEL if job.goal is Goal.COMPRESS else ADAPTER, REPORT
+
+
 def results_of(job: Job) -> list[str]:
-    """The files that come of a job, scripts' CSV first, since OpenAI has no other."""
-    shipped = MODEL if job.goal is Goal.COMPRESS else ADAPTER
-    return [file_id(job.id, kind) for kind in (METRICS, shipped, REPORT)]
+    """Their IDs."""
+    return [file_id(job.id, kind) for kind in kinds_of(job)]
 
 
 def parse_file_id(text: str) -> tuple[str, str] | None:

@@ -148,7 +148,7 @@ def _behind(found: list[FileObject], after: str, order: str) -> list[FileObject]
 def _results(service: Service, caller: Caller) -> Iterator[FileObject]:
     jobs = service.queue.list_jobs(MAX_LISTED, None, caller.sees, lambda job: job.status is JobStatus.SUCCEEDED)
     for job in reversed(jobs):
-        for kind in results.RESULTS:
+        for kind in results.kinds_of(job):
             yield _describe(service, caller, job, kind)
 
 
