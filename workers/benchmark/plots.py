@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
+"""Two more than colours, so that none of the first 63 pairs is there twice."""
 FREE = {"base": "--", "majority": ":"}
 """Methods without cost: a line, not a point on a logarithmic axis."""
 
@@ -56,7 +57,7 @@ def draw_costs(axes: Axes, rows: Sequence[Row]) -> None:
     from matplotlib.ticker import LogLocator  # noqa: PLC0415
 
     every = len({row.task for row in rows})
-    styles = cycle(zip(COLOURS, MARKERS, strict=True))
+    styles = zip(cycle(COLOURS), cycle(MARKERS), strict=False)
     for method in methods_of(rows):
         if "@" in method:  # of the other picture
             continue
@@ -109,7 +110,9 @@ def draw_sizes(axes: Axes, rows: Sequence[Row]) -> None:
     for method in methods_of(rows):
         if "@" in method:
             ways.setdefault(method.partition("@")[0], []).append(method)
-    for (way, methods), (colour, marker) in zip(ways.items(), cycle(zip(COLOURS, MARKERS, strict=True)), strict=False):
+    for (way, methods), (colour, marker) in zip(
+        ways.items(), zip(cycle(COLOURS), cycle(MARKERS), strict=False), strict=False
+    ):
         by_cell = [{(r.task, r.seed): r for r in rows if r.method == method} for method in methods]
         cells = set.intersection(*(set(mine) for mine in by_cell))
         if not cells:
@@ -131,7 +134,7 @@ def draw_sizes(axes: Axes, rows: Sequence[Row]) -> None:
             color=colour,
             marker=marker,
             linestyle=style,
-            label=f"{way} ({len(cells)} cells)",
+            label=f"{way} ({len(cells)} cell{'s' if len(cells) > 1 else ''})",
         )
     axes.invert_xaxis()
     axes.set_xlabel("parameters left, as a part of the base's")
