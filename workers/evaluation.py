@@ -126,6 +126,12 @@ class Outcome:
         return np.where(np.isnan(self.correct), self.exact, self.correct)
 
     @property
+    def accuracy(self) -> float | None:
+        """Over the examples with choices; None where none has any."""
+        closed = self.correct[~np.isnan(self.correct)]
+        return float(closed.mean()) if closed.size else None
+
+    @property
     def broken(self) -> int:
         """How many examples have no finite loss."""
         return int((~np.isfinite(self.loss)).sum())

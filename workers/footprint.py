@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from service.goals import Measure
@@ -54,13 +55,16 @@ class Footprint:
         """
         return cls(parameters, bytes, base.dtype.itemsize, units, examine(base), quantize)
 
+    @cached_property
+    def _whole(self) -> int:
+        return parameters_left(self.anatomy, Plan(), self.units)
+
     def numbers_gone(self, plan: Plan) -> int:
         """Numbers that the checkpoint is without. Tiles, which are zeros in any file, count as gone."""
         tiles = [unit for unit in self.units if isinstance(unit, Tiles)]
         if tiles:
             return sum(int(unit.sizes[list(plan.structures.get(unit.name, ()))].sum()) for unit in tiles)
-        whole, left = (parameters_left(self.anatomy, which, self.units) for which in (Plan(), plan))
-        return whole - left
+        return self._whole - parameters_left(self.anatomy, plan, self.units)
 
     def fraction(self, plan: Plan, measure: Measure = "parameters") -> float:
         """What is left, as a fraction of the base's."""

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from service.reports import CurvePoint
 from workers.evaluation import Outcome
 from workers.rounds import Rounds
@@ -46,14 +44,13 @@ def curve(rounds: Rounds, outcomes: Mapping[int, Outcome], out: Path, base: Path
     points = []
     for place in places(len(rounds.descriptions)):
         outcome = outcomes[place.number]
-        closed = outcome.correct[~np.isnan(outcome.correct)]
         points.append(
             CurvePoint(
                 number=place.number,
                 parameters=rounds.footprint.fraction(rounds.search.plans[place.number]),
                 bytes=weight_bytes(out / place.path) / base_bytes,
                 removed=rounds.descriptions[place.number - 1],
-                accuracy=float(closed.mean()) if closed.size else None,
+                accuracy=outcome.accuracy,
                 exact_match=float(outcome.exact.mean()),
                 loss=None if outcome.broken else float(outcome.loss.mean()),
                 path=place.path,

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from service.jobs import Quantize
 from service.reports import Quantized, Report
 from service.sizes import size_rows
-
-PACKAGES = {Quantize.INT8: "torchao", Quantize.INT4: "bitsandbytes"}
 
 
 def size_table(report: Report) -> str:
@@ -31,7 +28,7 @@ def quantized_use(quantized: Quantized, ask: str, *, masked: bool) -> str:
 
 These are the weights of `model/` in {quantized.method} ({quantized.library}); embeddings, head and norms are in
 {quantized.dtype}. On the test examples its {_told(quantized)}. With transformers and `pip install \
-{PACKAGES[quantized.bits]}`:
+{quantized.library.partition(" ")[0]}`:
 
 ```python
 from transformers import {auto}, AutoTokenizer

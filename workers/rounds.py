@@ -22,7 +22,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 from torch import Tensor
 
 from service.errors import InternalError, InvalidInput
@@ -244,7 +243,6 @@ class _Ground:
         with self._subject.without(plan):
             outcome = self._prefixes.evaluate(self._subject.objective, self._prefixes.first_block(changed))
         loss = float(outcome.loss.mean())
-        closed = outcome.correct[~np.isnan(outcome.correct)]
         self.tried.append(
             Candidate(
                 description=description,
@@ -253,7 +251,7 @@ class _Ground:
                 base_loss=float(self._before.loss.mean()),
                 predicted_loss=None,
                 loss=loss if math.isfinite(loss) else None,
-                accuracy=float(closed.mean()) if closed.size else None,
+                accuracy=outcome.accuracy,
                 exact_match=float(outcome.exact.mean()),
                 seconds=time.perf_counter() - started,
             )

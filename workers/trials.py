@@ -51,8 +51,6 @@ class Trial:
     def report(self, current: Outcome) -> Candidate:
         """What is told of it, beside the model that it was tried on."""
         judged = ~np.isnan(self.outcome.loss)
-        correct = self.outcome.correct[judged]
-        closed = correct[~np.isnan(correct)]
         base_loss = float(current.loss[judged].mean())
         fall = self.proposal.fall
         return Candidate(
@@ -62,7 +60,7 @@ class Trial:
             base_loss=base_loss,
             predicted_loss=None if fall is None else base_loss - fall,
             loss=None if np.isinf(self.outcome.loss).any() else float(self.outcome.loss[judged].mean()),
-            accuracy=float(closed.mean()) if closed.size else None,
+            accuracy=self.outcome.accuracy,
             exact_match=float(self.outcome.exact[judged].mean()),
             seconds=self.seconds,
         )

@@ -20,12 +20,15 @@ import torch
 from torch import Tensor
 
 from service.errors import InvalidInput
+from service.goals import COMPRESSING, Goal, option_defaults
 from service.strategies import (
+    OPTIONS,
     BlocksOptions,
     HeadsOptions,
     LayersOptions,
     MixedOptions,
     NeuronsOptions,
+    Strategy,
     StrategyOptions,
 )
 from workers.benchmark.cells import OBJECTIVE, Bench, Cell
@@ -94,12 +97,11 @@ Method = OnePass | ToSize | Compress
 
 
 COMPRESSED: dict[str, StrategyOptions] = {
-    "layers": LayersOptions(parts="whole"),
-    "neurons": NeuronsOptions(),
-    "heads": HeadsOptions(groups=True),
-    "mixed": MixedOptions(kinds=("layers", "neurons", "groups")),
+    strategy.value: OPTIONS[strategy].model_validate(option_defaults(Goal.COMPRESS, strategy))
+    for strategy in COMPRESSING
+    if strategy is not Strategy.BLOCKS  # makes no file smaller
 }
-"""Those of `compress/`."""
+"""Those of `compress/`, as a job has them."""
 
 
 def parse(name: str) -> Method | None:
