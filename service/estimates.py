@@ -186,7 +186,7 @@ def estimate(size: Size, loads: Loads, spec: JobSpec, *, speed: float | None, de
         seconds=round(sum(stages.values()), 1),
         stages={stage: round(seconds, 1) for stage, seconds in stages.items()},
         memory_bytes=LIBRARIES_BYTES + weights + spectra + max(activations, 2 * weights),
-        disk_bytes=int((spec.models + ADAPTER) * size.bytes) + (0 if decomposed else spectra),
+        disk_bytes=int((spec.copies + ADAPTER) * size.bytes) + (0 if decomposed else spectra),
         tokens=loads.gradient.total + loads.selection.total + loads.test.total,
         measured_speed=speed is not None,
     )

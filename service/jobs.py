@@ -238,6 +238,13 @@ class JobSpec(Body):
         return self.passes if self.goal is Goal.COMPRESS else 1
 
     @property
+    def copies(self) -> int:
+        """How many models it may write in whatever form, none of them larger than the base: those, one in two factors
+        of what `laser` and `c2i` truncate, a quantized one and a GGUF file."""
+        factored = self.strategy in (Strategy.LASER, Strategy.C2I)
+        return self.models + factored + (self.quantize is not None) + (self.gguf is not None)
+
+    @property
     def decomposes(self) -> bool:
         """Whether the weights' components are needed: `compress` removes them from what is left."""
         return self.goal is Goal.COMPRESS or decomposes(self.options)

@@ -23,6 +23,7 @@ REMEMBERED = 10_000
 # A job writes a copy of its model and an adapter, which is a small part of it; and the report and tokenizer files.
 WITH_ADAPTER = 1.1
 BESIDES_BYTES = 64 * 2**20
+FEWER = ", or ask for fewer: every round of compress, quantize and gguf write one, laser and c2i two"
 # Submissions over this are large: it takes seconds to count their tokens.
 LARGE_BYTES = 1_000_000
 # Of one caller, read or checked; they stay in memory meanwhile.
@@ -143,7 +144,7 @@ def check_disk(model: Model, store: ArtifactStore, limit: int, copies: int = 1) 
     """
     needed = int((WITH_ADAPTER + copies - 1) * model.bytes) + BESIDES_BYTES
     if needed > limit:
-        what, fewer = ("a copy", "") if copies == 1 else (f"{copies} copies", ", or fewer passes")
+        what, fewer = ("a copy", "") if copies == 1 else (f"{copies} copies", FEWER)
         raise UnusableModel(
             f"{what} of this model and what comes with it take {needed / 1e9:.1f} GB, and a job here may write "
             f"{limit / 1e9:.1f} GB: take a smaller model{fewer}",

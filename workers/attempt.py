@@ -45,7 +45,7 @@ def run_attempt(
     try:
         spec = store.get_input(job_id)
         model = models.resolve(settings.models, spec.model)
-        check_disk(model, store, settings.job_disk_bytes)
+        check_disk(model, store, settings.job_disk_bytes, spec.copies)
         with store.workspace(job_id, attempt) as out:
             progress = _progress_writer(queue, job_id, attempt)
             report = adapt(spec, model, out, cache=settings.cache, on_progress=progress)

@@ -28,7 +28,7 @@ def check(service: Service, spec: JobSpec) -> models.Model:
         )
     model = models.resolve(service.settings.models, spec.model)
     check_model_size(model, service.settings.max_model_parameters)
-    check_disk(model, service.store, service.settings.job_disk_bytes, spec.models)
+    check_disk(model, service.store, service.settings.job_disk_bytes, spec.copies)
     masks.check_masks(model, spec)
     # First, as it bounds what it takes to count.
     lengths.check_total(model, spec, service.settings.max_tokens)
