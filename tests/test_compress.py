@@ -291,7 +291,8 @@ def test_a_dry_run_counts_every_model(served: ServeProcess, model: Path) -> None
         body = spec(model="six", goal="compress", target="parameters=0.6", strategy="layers") | fields
         return dict(served.http.post("/v1/jobs", params={"dry_run": True}, json=body).json())
 
-    one, four = told(passes=1), told(passes=4)
+    one, four, file = told(passes=1), told(passes=4), told(passes=1, gguf="f16")
     size = models.resolve(model.parent, model.name).bytes
     assert four["disk_bytes"] - one["disk_bytes"] == pytest.approx(3 * size, rel=0.01)
+    assert file["disk_bytes"] - one["disk_bytes"] == pytest.approx(size, rel=0.01)
     assert four["stages"]["backward"] >= one["stages"]["backward"]

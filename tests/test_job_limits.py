@@ -11,13 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 from safetensors import SafetensorError
 
+from service import models
 from service.artifacts import ArtifactStore
 from service.embedded import EmbeddedRedis
 from service.errors import Unavailable
+from service.limits import BESIDES_BYTES
 from service.settings import Settings
 from tests.live import REPOSITORY, Api, WorkerProcess, spec, wait_until
 from workers.attempt import explain
@@ -97,6 +100,23 @@ def test_a_model_whose_copy_is_over_the_quota_is_refused_before_anything_is_writ
     response = strict.http.post("/v1/jobs", json=spec())
     strict.stop()
     assert (response.status_code, response.json()["error"]["code"]) == (422, "unusable_model")
+
+
+def test_every_form_of_the_model_counts(
+    api: Api, data: Path, redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = models.resolve(data / "models", spec()["model"]).bytes
+    monkeypatch.setenv("C2I_JOB_DISK_BYTES", str(int(BESIDES_BYTES + 1.5 * size)))
+    strict = Api(data, redis.url)
+
+    def answer(**fields: Any) -> httpx.Response:
+        return strict.http.post("/v1/jobs", params={"dry_run": True}, json=spec() | fields)
+
+    assert answer().status_code == 200
+    for more in ({"gguf": "f16"}, {"strategy": "laser"}):
+        refused = answer(**more)
+        assert refused.status_code == 422 and "2 copies of this model" in refused.json()["error"]["message"]
+    strict.stop()
 
 
 def test_a_disk_without_room_is_said_before_a_job_is_accepted(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ ADVICE = {
     "too_many_requests": "Wait for `Retry-After` seconds. Operator: the settings `C2I_MAX_...`.",
     "unavailable": "Try again after `Retry-After`. Operator: `/readyz` says whether it is Redis or the disk.",
     "out_of_memory": "Fewer or shorter examples, a smaller model; or more memory, a higher `C2I_JOB_MEMORY_BYTES`.",
-    "out_of_disk": "Make room, or raise `C2I_JOB_DISK_BYTES`: a job writes a whole copy of its model.",
+    "out_of_disk": "Make room, or raise `C2I_JOB_DISK_BYTES`: a job writes a copy of its model, with "
+    "`compress` one a round, and one more for `quantize`, `gguf`, `laser` or `c2i`.",
     "timed_out": "Fewer examples or passes; or a higher `C2I_JOB_TIMEOUT_SECONDS`.",
     "worker_died": "The worker's log and `dmesg` say more: most often memory had ended. Submit it again.",
     "internal_error": "Try again; if it stays, the log line with the answer's `X-Request-Id` says where it failed.",
