@@ -1,8 +1,8 @@
 """Adapters and merged models out, and the check that what was written is what was measured.
 
-The adapter is a PEFT LoRA that subtracts the
-removed components, exactly; the merged model has the base's files, tensor for tensor and byte for byte, with only
-the pruned weights changed, and what can be cut off (`workers.shrinking`) left out.
+The adapter is a PEFT LoRA that subtracts the removed components, exactly; the merged model has the base's files, tensor
+for tensor and byte for byte, with only the pruned weights changed, and what can be cut off (`workers.shrinking`) left
+out.
 """
 
 from __future__ import annotations
