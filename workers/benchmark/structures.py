@@ -3,11 +3,11 @@
 A name is `[compress/]STRATEGY[/VARIANT][@SIZE]`: `heads`, `heads/michel`, `blocks/2:4`, `neurons/magnitude@0.9`.
 Without a size it is one pass of the strategy, as a job of that strategy runs it. With a size, a fraction of the model's
 parameters, the first structures by the score go until no more than that is left: one backward and no search, so that
-scores are held against each other at equal size. Of `effect` there are two orders, by t and by the predicted fall for
-each parameter, and the one of less loss on the selection split is taken. `magnitude@SIZE` is unstructured magnitude
-pruning (Han et al., arXiv 1506.02626): the smallest entries of all target weights, wherever they are. It ships nothing
-smaller and nothing faster, and is there as the point of comparison. `compress/layers@0.8` is a job of the goal
-`compress` (`workers.benchmark.compressed`).
+scores are held against each other at equal size. Of `effect` there are three orders, by t, by the predicted fall for
+each parameter and by the least change, and the one of least loss on the selection split is taken. `magnitude@SIZE` is
+unstructured magnitude pruning (Han et al., arXiv 1506.02626): the smallest entries of all target weights, wherever they
+are. It ships nothing smaller and nothing faster, and is there as the point of comparison. `compress/layers@0.8` is a
+job of the goal `compress` (`workers.benchmark.compressed`).
 """
 
 from __future__ import annotations
@@ -191,6 +191,7 @@ def plan_to_size(cell: Cell, subject: Subject, method: ToSize) -> tuple[Plan, fl
     orders = (
         {name: t_scores(a) for name, a in found.items()},
         {name: a.double().mean(0).cpu() / sizes[name] for name, a in found.items()},
+        {name: -a.double().abs().mean(0).cpu() for name, a in found.items()},
     )
     plans = [_first(_descending(scores), sizes, gone, method) for scores in orders]
     losses = [_selection_loss(cell, subject, plan) for plan in plans]
