@@ -23,7 +23,7 @@ REMEMBERED = 10_000
 # A job writes a copy of its model and an adapter, which is a small part of it; and the report and tokenizer files.
 WITH_ADAPTER = 1.1
 BESIDES_BYTES = 64 * 2**20
-FEWER = ", or ask for fewer: every round of compress, quantize and gguf write one, laser and c2i two"
+FEWER = ", or ask for fewer: each round of compress, quantize and gguf writes one, laser and c2i two"
 # Submissions over this are large: it takes seconds to count their tokens.
 LARGE_BYTES = 1_000_000
 # Of one caller, read or checked; they stay in memory meanwhile.
@@ -132,7 +132,7 @@ class Rates:
             self._buckets.popitem(last=False)
 
 
-def check_disk(model: Model, store: ArtifactStore, limit: int, copies: int = 1) -> None:
+def check_disk(model: Model, store: ArtifactStore, limit: int, copies: int) -> None:
     """Whether a job's files, before all copies of the model, may be written and find room.
 
     Args:
