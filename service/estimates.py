@@ -213,7 +213,7 @@ def _evaluations(size: Size, loads: Loads, options: StrategyOptions) -> float:
     if isinstance(options, LaserOptions):
         grid = size.matrices * len(options.retentions)
         return GRID_CANDIDATE * min(options.sample or grid, grid) + 1
-    return GRID_CANDIDATE * options.matrices * len(options.retentions) * len(options.row_blocks) + 1
+    return GRID_CANDIDATE * options.candidates + 1
 
 
 def _choices(size: Size, loads: Loads, spec: JobSpec) -> float:

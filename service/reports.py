@@ -240,7 +240,8 @@ class CurvePoint(Strict):
 
 
 class Quantized(Scores):
-    """`quantized/`: the model in fewer bits, tested again on the same examples."""
+    """`quantized/`: the model in fewer bits, tested again on the same examples; where those are cross-validated, on the
+    examples that the model was made from, so that the difference alone says something."""
 
     bits: Quantize
     method: str

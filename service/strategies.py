@@ -76,6 +76,11 @@ class C2IOptions(Strict):
     same_samples: bool = Field(default=False, strict=True)
     """Whether candidates are judged by the very examples that the gradient was taken on."""
 
+    @property
+    def candidates(self) -> int:
+        """How many it tries, of a model with so many matrices and rows."""
+        return self.matrices * len(self.retentions) * len(self.row_blocks)
+
 
 class HeadsOptions(Strict):
     """Of `heads`."""
@@ -126,10 +131,10 @@ class MixedOptions(Strict):
     """Of `mixed`."""
 
     kinds: Annotated[
-        tuple[Literal["components", "heads", "groups", "neurons", "sublayers", "layers"], ...],
-        Field(min_length=1, max_length=6),
+        tuple[Literal["components", "heads", "groups", "neurons", "sublayers", "layers", "blocks"], ...],
+        Field(min_length=1, max_length=7),
     ] = ("components", "heads", "neurons", "sublayers")
-    """What stands in the list."""
+    """What stands in the list; `blocks` are tiles of 64 x 64."""
 
 
 StrategyOptions = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,12 +21,13 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from service import models
-from service.errors import InvalidInput, ModelNotFound
-from service.jobs import Example
+from service.errors import InternalError, InvalidInput, ModelNotFound
+from service.jobs import Example, PromptFormat
 from service.strategies import C2IOptions, LaserOptions
 from tests import live, plain
 from tests.live import REPOSITORY
 from tests.planted import Planted
+from workers import masked
 from workers.adaptation import layout_for
 from workers.benchmark import fewshot, lora, methods, structures
 from workers.benchmark.cells import OBJECTIVE, Bench, Cell, encode_split, prepare
@@ -196,6 +198,42 @@ def test_a_row_is_kept_once_whoever_adds_it(finished: Path, tmp_path: Path) -> N
     assert records.rows() == rows[:4]
 
 
+def test_what_cannot_be_measured_ends_no_run_and_is_tried_again(tasks: Path, home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    for _ in range(2):
+        with pytest.raises(
+            InternalError, match=r"^1 not measured.*planted seed 0 compress/layers@0\.01: .* can fall to"
+        ):
+            run(tasks, home, out, "--tasks", "planted", chosen="compress/layers@0.01,majority,components:1")
+        assert [row.method for row in Records(out).rows()] == ["base", "majority", "components:1"]
+        assert "components, 1 pass" in (out / "results.md").read_text()
+
+
+def test_a_prompt_with_two_answers_counts_with_the_first(
+    tasks: Path, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in (tasks / "planted.jsonl").read_text().splitlines()][:88]
+    other = {**rows[5], "completion": next(c for c in rows[5]["choices"] if c != rows[5]["completion"])}
+    again = {**dict(reversed(rows[6].items())), "choices": rows[6]["choices"][::-1]}
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "planted.jsonl").write_text("\n".join(map(json.dumps, [*rows, other, again])))
+    (task,) = find_tasks(folder, None)
+    assert (task.lines.objects, task.contradicting) == (rows, 1)
+    run(folder, home, tmp_path / "run", chosen="majority")
+    assert [row.n for row in Records(tmp_path / "run").rows()] == [40, 40]
+
+
+@pytest.mark.parametrize("name", ["run.json", "bench.json", "candidates.json"])
+def test_a_damaged_record_is_named(finished: Path, tasks: Path, home: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / name).write_text("{")
+    with pytest.raises(InvalidInput, match=rf"{name} is damaged or of another version") as caught:
+        run(tasks, home, out)
+    assert caught.value.param == "out"
+
+
 # --- what is refused --------------------------------------------------------------------------------------------
 
 
@@ -316,6 +354,40 @@ def test_few_shot_rows_follow_examples_of_every_label_and_none_of_their_own(load
         with torch.no_grad():
             expected = float(plain.loss(loaded.base.model, joined, OBJECTIVE))
         assert got.outcome.loss[i] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["roberta", "bert", "distilbert"])
+def test_a_masked_model_is_measured_by_every_method(
+    tiny_models: Callable[..., Path], tmp_path: Path, architecture: str
+) -> None:
+    live.install(tiny_models(architecture), tmp_path, "tiny/masked")
+    base = plain.loaded(tmp_path / "models" / "tiny" / "masked")
+    mask = base.tokenizer.mask_token
+    rows = [
+        {"prompt": f"Item {i}: {mask}.", "completion": answer, "choices": ["good", "no"]}
+        for i, answer in enumerate(["good", "no"] * 44)
+    ]
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run(
+        tmp_path / "tasks", tmp_path, tmp_path / "run", "--model", "tiny/masked", chosen="fewshot,lora,c2i,components:2"
+    )
+    measured = {row.method: row for row in Records(tmp_path / "run").rows()}
+    assert set(measured) == {"base", "fewshot", "lora", "c2i", "components:2"}
+
+    bench = Bench.load(models.resolve(tmp_path / "models", "tiny/masked"), tmp_path / "cache")
+    (task,) = find_tasks(tmp_path / "tasks", None)
+    found = split(task, 0, SIZES, "tiny/masked")
+    cell = prepare(bench, "items", 0, encode_split(bench, found))
+    got = fewshot.prompt_with_examples(cell, found.gradient)
+    assert got.shots > 0
+    # The reference puts the examples' text before the prompt's, and tokenises both together.
+    shown = fewshot.balanced(found.gradient, fewshot.SHOTS, seed=0)[: got.shots]
+    context = "".join(e.prompt.replace(mask or "", e.completion) + "\n\n" for e in shown)
+    joined = [row.model_copy(update={"prompt": context + row.prompt}) for row in found.test[:3]]
+    encoded = masked.encode(joined, bench.base.tokenizer, prompt_format=PromptFormat.TEXT, context=None, name="test")
+    expected = evaluate(bench.base.model, encoded, OBJECTIVE, cell.layout)
+    np.testing.assert_allclose(got.outcome.loss[:3], expected.loss, rtol=1e-4)
 
 
 def test_lora_lowers_the_loss_and_leaves_the_base_to_the_bit(loaded: Bench, tasks: Path) -> None:

@@ -245,6 +245,27 @@ def bounded(
     return found, text
 
 
+def test_a_drift_that_falls_with_size_binds_too(planted: Planted) -> None:
+    pool = encoded(planted.folder, planted.examples)
+    track = Track(list(range(60)), list(range(60, 120)))
+    begins: list[int] = []
+
+    def drift(plan: Plan) -> float:
+        """Under the bound from where a climb begins on, over it for all that is smaller."""
+        if plan.size > 1 and not begins:
+            begins.append(plan.size)
+        return 0.0 if begins and plan.size >= begins[0] else 2.0
+
+    search = Search(subject(planted.folder), pool, [track], track, bound=DriftBound(drift, 1.0))
+    search.run(1, lambda stage, number, fraction, message: None)
+    tried = {candidate.size for candidate in search.passes[0].candidates}
+    assert begins and min(tried) == begins[0]
+    # Without a bound it goes on to smaller ones.
+    free = Search(subject(planted.folder), pool, [Track(track.fit, track.judge)], track)
+    free.run(1, lambda stage, number, fraction, message: None)
+    assert any(1 < candidate.size < begins[0] for candidate in free.passes[0].candidates)
+
+
 @pytest.mark.parametrize("few", [None, 40], ids=["split", "cross-fitted"])
 def test_no_accepted_plan_exceeds_the_bound_and_it_still_gains(planted: Planted, few: int | None) -> None:
     free, text = bounded(planted, None, passes=3, few=few)

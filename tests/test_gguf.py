@@ -95,6 +95,36 @@ def test_what_cannot_be_written_is_refused_by_name_before_any_work(tiny_models: 
         check_gguf(folder)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "shape", "words"),
+    [
+        ("qwen3", {}, "reads heads of 128 of a qwen3"),
+        ("gpt2", {"n_positions": 256}, "reads 1,024 positions of a GPT-2"),
+    ],
+)
+def test_sizes_that_transformers_guesses_are_refused(
+    architecture: str, shape: dict[str, int], words: str, tmp_path: Path
+) -> None:
+    folder = tiny.build(architecture, tmp_path / "model", shape=shape)
+    with pytest.raises(InvalidInput, match=words) as caught:
+        check_gguf(folder)
+    assert caught.value.param == "gguf"
+
+
+def test_fewer_heads_of_a_qwen2_are_refused_before_any_work(tiny_models: TinyModels, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"goal": "compress", "target": {"parameters": 0.9}, "gguf": "f16"}
+    with pytest.raises(InvalidInput, match="with fewer heads a Qwen2") as caught:
+        Run(
+            tiny_models("qwen2"),
+            tmp_path / "out",
+            tmp_path / "cache",
+            examples=tiny.learnable_examples(),
+            strategy="heads",
+            **fields,
+        )
+    assert caught.value.param == "gguf"
+
+
 def test_a_job_and_the_command_write_the_same_file(
     tiny_models: TinyModels, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

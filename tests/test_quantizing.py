@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tests import tiny
 from tests.planted import Planted
 from tests.test_adaptation import Run
 from workers.loading import load_model
-from workers.quantizing import check_quantizable, quantize
+from workers.quantizing import INT4_COLUMNS, check_quantizable, quantize
 from workers.speed import weight_bytes
 
 pytestmark = [
@@ -121,6 +122,28 @@ def test_a_target_of_bytes_is_that_of_the_quantized_model(bits: str, target: flo
     assert shipped.layers is not None
     a_layer = (found.bytes / weight_bytes(base)) / len(shipped.layers)
     assert found.fraction + a_layer > target
+
+
+def test_neurons_go_in_numbers_that_four_bits_can_hold(tmp_path: Path) -> None:
+    shape = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4}
+    base = tiny.build("llama", tmp_path / "llama", shape=shape)
+    fields: dict[str, Any] = {"goal": "compress", "strategy": "neurons", "target": {"bytes": 0.13}, "quantize": "int4"}
+    run = Run(base, tmp_path / "out", tmp_path / "cache", examples=tiny.learnable_examples(), **fields)
+    found = run.report.quantized
+    assert found is not None
+    assert found.fraction <= 0.13 * 1.03
+    assert run.report.verdict.startswith(f"{100 * found.fraction:.1f} % of the base's bytes, in int4; ")
+    left = json.loads((run.out / "model" / "config.json").read_text())["intermediate_size"]
+    assert left < 384
+    assert left % INT4_COLUMNS == 0
+
+
+def test_what_was_tested_on_its_own_examples_is_said_to_be(tmp_path: Path) -> None:
+    base = tiny.build("llama", tmp_path / "llama", shape={"hidden_size": 192, "intermediate_size": 384})
+    run = Run(base, tmp_path / "out", tmp_path / "cache", examples=tiny.learnable_examples(24), quantize="int8")
+    assert run.report.splits.cross_validated
+    assert "on the examples that it was made from." in run.report.verdict
+    assert "On the examples that the model was made from" in (run.out / "quantized" / "README.md").read_text()
 
 
 def test_a_job_is_not_lost_for_what_fails_at_its_end(planted: Planted, tmp_path: Path) -> None:

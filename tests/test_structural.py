@@ -106,6 +106,7 @@ EVERY: list[tuple[str, str, dict[str, Any]]] = [
     ("gpt2", "heads", {"score": "magnitude"}),
     ("llama", "neurons", {"score": "magnitude"}),
     ("gpt2", "mixed", {}),
+    ("llama", "mixed", {"kinds": ["components", "groups", "layers", "blocks"]}),
 ]
 
 

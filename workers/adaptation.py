@@ -16,7 +16,7 @@ from torch import Tensor
 from service import decomposed, report_page
 from service.errors import InvalidInput, UnusableModel
 from service.goals import Goal
-from service.jobs import Example, JobSpec, PromptFormat, Stage
+from service.jobs import Example, JobSpec, PromptFormat, Quantize, Stage
 from service.masks import check_masks
 from service.models import Model, check_unchanged
 from service.reports import ChangedExample, Factored, Report, Shipped, SkippedModule, Verification
@@ -38,10 +38,11 @@ from workers.loading import Checkpoint, load
 from workers.model_card import write_cards
 from workers.points import curve, places
 from workers.progress import OnProgress, Progress
+from workers.quantizing import INT4_COLUMNS
 from workers.ranking import Plan
 from workers.reporting import Findings, Tested, make_report
 from workers.rounding import applied_unrounded
-from workers.rounds import Aim, Rounds
+from workers.rounds import Aim, Rounds, check_compressed
 from workers.search import Search, Subject, check_finite
 from workers.spectrum import Spectrum, SpectrumCache
 from workers.speed import weight_bytes
@@ -49,7 +50,7 @@ from workers.splits import Splits, divide
 from workers.strategies import dictionary, make_search, structures
 from workers.structures import Unit
 from workers.targets import Target, find_targets
-from workers.verdict import judge, judge_compressed
+from workers.verdict import Verdict, judge, judge_compressed
 
 # Examples whose logits are compared between what is in memory and what was written.
 CHECKED_EXAMPLES = 8
@@ -118,11 +119,7 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
         wanted = range(last + 1) if rounds else {0, min(1, len(search.plans) - 1), last}
         tested = {k: _tested(subject, splits, search, neutral, k) for k in wanted}
         check_finite(tested[0].outcome, subject.dtype)
-        outcomes = tested[0].outcome, tested[last].outcome
-        if rounds:
-            verdict = judge_compressed(*outcomes, splits.sizes, spec.seed, left=rounds.left)
-        else:
-            verdict = judge(*outcomes, splits.sizes, spec.seed, removed=search.plans[last].size)
+        verdict = _judge(spec, splits, tested[0].outcome, tested[last].outcome, removed=search.plans[last].size)
         plan = search.plans[last] if verdict.returned else Plan()
         changed = _changed(subject, base, splits, search, tested, last) if verdict.returned else []
         rounding_loss = _rounding_loss(subject, plan, (splits.test or splits.pool)[:ROUNDED_EXAMPLES])
@@ -131,7 +128,9 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
         verification, shipped, factored = _publish(out, spec, base, search, plan, splits)
         points = curve(rounds, {k: tested[k].outcome for k in tested}, out, model.folder) if rounds else []
         check_unchanged(model)
-        beside = ship_beside(spec, model.folder, out, subject, plan, splits.test or splits.pool, points, progress)
+        beside = ship_beside(spec, model.folder, out, subject, plan, splits, points, progress)
+        if rounds:
+            verdict = verdict.opened_by(rounds.left(shipped, beside.quantized))
 
     report = make_report(
         spec,
@@ -162,6 +161,13 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
     return report
 
 
+def _judge(spec: JobSpec, splits: Splits, base: Outcome, adapted: Outcome, *, removed: int) -> Verdict:
+    if spec.goal is Goal.IMPROVE:
+        return judge(base, adapted, splits.sizes, spec.seed, removed=removed)
+    check_compressed(adapted)
+    return judge_compressed(base, adapted, splits.sizes, spec.seed)
+
+
 def _write_report(out: Path, report: Report, base: Path, *, masked: bool) -> None:
     write_cards(out, report, base, masked=masked)
     (out / "report.html").write_text(report_page.render(report))
@@ -182,7 +188,8 @@ def _aim(
     footprint = Footprint.of(base, units, **files, quantize=spec.quantize)
     timed = spec.target.measure == "decode_latency"
     latency = Latency(base, modules, units, footprint, out / "probe") if timed else None
-    aim = Aim(make_chooser(spec.options, units), footprint, spec.target, latency)
+    multiple = INT4_COLUMNS if spec.quantize is Quantize.INT4 else 1
+    aim = Aim(make_chooser(spec.options, units, multiple), footprint, spec.target, latency)
     return aim, aim.size()
 
 

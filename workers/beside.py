@@ -6,23 +6,26 @@ By then an hour's work may be done and verified. What fails here is told in the 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from service.errors import C2IError
+from service.artifacts import disk_is_full
+from service.errors import C2IError, InvalidInput
+from service.goals import Goal
 from service.jobs import Gguf, JobSpec, Stage
 from service.logs import named
 from service.reports import CurvePoint, GgufFile, Quantized, Speeds
+from service.strategies import HeadsOptions, MixedOptions
 from workers import gguf_files, quantizing
 from workers.evaluation import evaluate
-from workers.examples import Encoded
 from workers.loading import Checkpoint
 from workers.memory import is_out_of_memory
 from workers.progress import Progress
 from workers.ranking import Plan
 from workers.search import Subject
 from workers.speed import measure, weight_bytes
+from workers.splits import Splits
 
 logger = named(__name__)
 
@@ -42,11 +45,13 @@ class Beside:
     speed: Speeds | None = None
     curve: list[CurvePoint]
     """The points of `compress`, with their speeds."""
+    unseen: bool
+    """Whether the quantized model was tested on examples that it was not made from."""
 
     @property
     def sentence(self) -> str:
         """What the verdict says of it."""
-        told = [quantizing.tell(self.quantized)] if self.quantized else []
+        told = [quantizing.tell(self.quantized, unseen=self.unseen)] if self.quantized else []
         told += [f"It is not quantized: {self.not_quantized}."] if self.not_quantized else []
         told += [f"There is no GGUF file: {self.not_gguf}."] if self.not_gguf else []
         return " ".join(told)
@@ -62,6 +67,20 @@ def check_beside(spec: JobSpec, base: Checkpoint) -> None:
         quantizing.check_quantizable(base.model, spec.quantize)
     if spec.gguf:
         gguf_files.check_gguf(base.folder)
+        config: Any = base.model.config
+        if _loses_heads(spec) and config.model_type == "qwen2":
+            raise InvalidInput(
+                "with fewer heads a Qwen2 has another size of them than transformers reads from a GGUF file; leave it "
+                "out, or take layers or neurons",
+                param="gguf",
+            )
+
+
+def _loses_heads(spec: JobSpec) -> bool:
+    """Whether what is written may have fewer heads than the base."""
+    options = spec.options
+    groups = isinstance(options, HeadsOptions) or (isinstance(options, MixedOptions) and "groups" in options.kinds)
+    return spec.goal is Goal.COMPRESS and groups
 
 
 def ship_beside(
@@ -70,7 +89,7 @@ def ship_beside(
     out: Path,
     subject: Subject,
     plan: Plan,
-    examples: Sequence[Encoded],
+    splits: Splits,
     points: list[CurvePoint],
     progress: Progress,
 ) -> Beside:
@@ -79,12 +98,13 @@ def ship_beside(
     Args:
         base: the base model's folder.
         out: holds `model/`.
-        examples: the test split; all examples, where there is none.
+        splits: what is quantized is tested on the test split; on all examples, where there is none.
         points: of `compress`, as yet without their speeds.
     """
     quantized, not_quantized = None, None
     if spec.quantize:
         progress.tell(Stage.PUBLISHING, 0.3, f"quantizing to {spec.quantize}")
+        examples = splits.test or splits.pool
         try:
             with subject.without(plan):
                 before = evaluate(subject.model, examples, subject.objective, subject.layout)
@@ -108,7 +128,13 @@ def ship_beside(
         progress.tell(Stage.PUBLISHING, 0.7, "measuring speed and memory")
         speed, points = _speeds(base, out, points, quantized=quantized is not None)
     return Beside(
-        quantized=quantized, not_quantized=not_quantized, gguf=file, not_gguf=not_gguf, speed=speed, curve=points
+        quantized=quantized,
+        not_quantized=not_quantized,
+        gguf=file,
+        not_gguf=not_gguf,
+        speed=speed,
+        curve=points,
+        unseen=bool(splits.test),
     )
 
 
@@ -138,6 +164,8 @@ def _explain(error: Exception) -> str:
     logger.warning("an artifact beside the model could not be made", exc_info=error)
     if isinstance(error, C2IError):
         return error.message
+    if disk_is_full(error):
+        return "the worker's disk is full"
     if is_out_of_memory(error):
         return "it needed more memory than the worker has"
     return f"the library that does it failed ({type(error).__name__})"

@@ -126,6 +126,11 @@ def write_model(
     return shipped
 
 
+def shipped_of(folder: Path) -> Shipped:
+    """What `write_model` wrote into a folder."""
+    return Shipped.model_validate_json((folder / MANIFEST).read_bytes())
+
+
 @dataclass(frozen=True, eq=False)
 class Pruned:
     """A base model and what a plan takes from it."""

@@ -43,6 +43,9 @@ class Ground(Protocol):
     effects: Mapping[str, Tensor]
     """For each unit (N, n): the fall of each example's loss when a structure goes, to first order."""
 
+    def left(self, plan: Plan) -> float:
+        """How much of the base a plan leaves, in what the target counts."""
+
     def fits(self, plan: Plan) -> bool:
         """Whether a plan is down to the round's size."""
 
@@ -67,23 +70,24 @@ class Chooser(Protocol):
         """A plan that fits and contains what is gone already; None where it has none."""
 
 
-def make_chooser(options: StrategyOptions, units: Sequence[Unit]) -> Chooser:
+def make_chooser(options: StrategyOptions, units: Sequence[Unit], multiple: int = 1) -> Chooser:
     """The chooser of a strategy's structures.
 
     Args:
         units: those of the strategy.
+        multiple: the columns of a weight that loses structures are left a multiple of this, if they are one now.
     """
     match options:
         case MixedOptions():
             by_kind: list[Chooser] = [ByLayers(units)] if "layers" in options.kinds else []
             kinds = {"neurons": Kind.NEURONS, "groups": Kind.GROUPS}
-            by_kind += [Uniform(units, kind) for name, kind in kinds.items() if name in options.kinds]
+            by_kind += [Uniform(units, kind, multiple) for name, kind in kinds.items() if name in options.kinds]
             return Cheapest(by_kind)
         case LayersOptions():
             return ByLayers(units)
         case BlocksOptions():
             return ByTiles(units)
-    return Uniform(units, units[0].kind)
+    return Uniform(units, units[0].kind, multiple)
 
 
 class ByLayers:
@@ -103,13 +107,30 @@ class ByLayers:
             left = [unit for unit in self.units if unit.layer not in gone]
             if len(left) < 2:
                 return None
-            cost = {
-                unit.name: ground.loss(_with(plan, unit.name, (0,)), f"layer {unit.layer}, of {len(left)}")
-                for unit in self._promising(left, ground.effects, cost)
-            }
-            plan = _with(plan, min(cost, key=cost.__getitem__), (0,))
+            smaller, cost = self._step(ground, plan, left, cost)
+            if smaller is None:
+                return None
+            plan = smaller
             ground.go_on(plan)
         return plan
+
+    def _step(
+        self, ground: Ground, plan: Plan, left: Sequence[Unit], before: Mapping[str, float]
+    ) -> tuple[Plan | None, dict[str, float]]:
+        """The plan without one layer more, of those that make the model smaller the one of least loss, and what each
+        that was tried costs. Where a block depends on its place, a layer can be cut off at the end alone."""
+        cost: dict[str, float] = {}
+        now, untried = ground.left(plan), list(left)
+        while untried:
+            for unit in (tried := self._promising(untried, ground.effects, before)):
+                words = f"layer {unit.layer}, of {len(left)}"
+                cost[unit.name] = ground.loss(_with(plan, unit.name, (0,)), words)
+            for unit in sorted(tried, key=lambda unit: cost[unit.name]):
+                smaller = _with(plan, unit.name, (0,))
+                if ground.left(smaller) < now:
+                    return smaller, cost
+            untried = [unit for unit in untried if unit.name not in cost]
+        return None, cost
 
     def _promising(self, left: Sequence[Unit], effects: Mapping[str, Tensor], cost: Mapping[str, float]) -> list[Unit]:
         """Those of least loss in the step before; then, in turn, those whose removal is predicted to lower the loss
@@ -126,14 +147,15 @@ class ByLayers:
 class Uniform:
     """Structures of one kind, of every layer as many."""
 
-    def __init__(self, units: Sequence[Unit], kind: str) -> None:
+    def __init__(self, units: Sequence[Unit], kind: str, multiple: int = 1) -> None:
         self.kind = kind
+        self.multiple = multiple
         self.all_units = units
         self.units = [unit for unit in units if unit.kind == kind]
         self.magnitudes = {unit.name: unit.magnitudes() for unit in self.units}
 
     def most(self) -> list[Plan]:
-        n = max(_counts(self.units), default=0)
+        n = max(_counts(self.units, self.multiple), default=0)
         return [plan_of({unit.name: range(n) for unit in self.units if n})]
 
     def choose(self, ground: Ground) -> Plan | None:
@@ -142,7 +164,7 @@ class Uniform:
         if not left:
             return None
         before = max(len(ground.plan.structures.get(unit.name, ())) for unit in left)
-        counts = [n for n in _counts(left) if n >= before]
+        counts = [n for n in _counts(left, self.multiple) if n >= before]
 
         def plan_by(scores: Scores, n: int) -> Plan:
             return ground.plan.union(plan_of({u.name: _first(ground.plan, u, scores[u.name], n) for u in left}))
@@ -202,14 +224,18 @@ class Cheapest:
         return min(plans, key=lambda plan: ground.loss(plan, _difference(plan, ground.plan)), default=None)
 
 
-def _counts(units: Sequence[Unit]) -> list[int]:
-    """How many structures of each unit can go: one stays, and of heads as many as transformers takes, which wants the
-    width of the residual stream to be a multiple of their number."""
+def _counts(units: Sequence[Unit], multiple: int) -> list[int]:
+    """How many structures of each unit can go: one stays, of heads as many as transformers takes, which wants the
+    width of the residual stream to be a multiple of their number, and of both as many as leave a weight's columns a
+    multiple where they are one."""
     found = []
+    columns = [(unit.count, unit.width) for unit in units if isinstance(unit, Columns)]
+    bound = [(count, width) for count, width in columns if count * width % multiple == 0]
     for n in range(min((unit.count for unit in units), default=0)):
         heads = [(u.count - n) * u.branch.group for u in units if isinstance(u, Columns) and u.kind == Kind.GROUPS]
         widths = [u.branch.output.shape[0] for u in units if isinstance(u, Columns) and u.kind == Kind.GROUPS]
-        if n == 0 or all(width % left == 0 for width, left in zip(widths, heads, strict=True)):
+        whole = all(width % left == 0 for width, left in zip(widths, heads, strict=True))
+        if n == 0 or (whole and all((count - n) * width % multiple == 0 for count, width in bound)):
             found.append(n)
     return found
 

@@ -14,12 +14,13 @@ from math import prod
 from service.goals import Measure
 from service.jobs import Quantize
 from workers.loading import Checkpoint
+from workers.quantizing import quantized_part
 from workers.ranking import Plan
 from workers.shrinking import Anatomy, examine, layer_of, parameters_left
 from workers.structures import Kind, Tiles, Unit
 from workers.targets import Target
 
-# Of a number in a block, a little more than its bits for the scales that go with it.
+# Of a quantized number, a little more than its bits for the scales that go with it.
 QUANTIZED_BYTES = {Quantize.INT8: 1.01, Quantize.INT4: 0.53}
 
 
@@ -37,6 +38,8 @@ class Footprint:
     anatomy: Anatomy
     quantize: Quantize | None = None
     """Bytes are counted after that."""
+    quantized_part: float = 1.0
+    """Of the numbers in blocks, those that it takes."""
 
     @classmethod
     def of(
@@ -53,17 +56,22 @@ class Footprint:
         Args:
             parameters, bytes: of the checkpoint.
         """
-        return cls(parameters, bytes, base.dtype.itemsize, units, examine(base), quantize)
+        part = quantized_part(base.model, quantize) if quantize else 1.0
+        return cls(parameters, bytes, base.dtype.itemsize, units, examine(base), quantize, part)
 
     @cached_property
     def _whole(self) -> int:
         return parameters_left(self.anatomy, Plan(), self.units)
 
+    @property
+    def tiled(self) -> bool:
+        """Whether what goes is tiles, which are zeros in any file."""
+        return any(isinstance(unit, Tiles) for unit in self.units)
+
     def numbers_gone(self, plan: Plan) -> int:
-        """Numbers that the checkpoint is without. Tiles, which are zeros in any file, count as gone."""
-        tiles = [unit for unit in self.units if isinstance(unit, Tiles)]
-        if tiles:
-            return sum(int(unit.sizes[list(plan.structures.get(unit.name, ()))].sum()) for unit in tiles)
+        """Numbers that the checkpoint is without; tiles count as gone."""
+        if self.tiled:
+            return sum(int(unit.sizes[list(plan.structures.get(unit.name, ()))].sum()) for unit in self.units)
         return self._whole - parameters_left(self.anatomy, plan, self.units)
 
     def fraction(self, plan: Plan, measure: Measure = "parameters") -> float:
@@ -73,14 +81,16 @@ class Footprint:
         return 1 - self.numbers_gone(plan) / self.parameters
 
     def bytes_left(self, plan: Plan) -> float:
-        """Bytes of the weight files, of the quantized ones where those are wanted: embeddings and head then have 16
-        bits, and in blocks a number has its own and its part of the scales."""
+        """Bytes of the weight files, of the quantized ones where those are wanted: what is not quantized then has 16
+        bits, embeddings and head say, and in blocks a number has the mean of what they have there."""
         gone = self.numbers_gone(plan)
         if self.quantize is None:
             return self.bytes - gone * self.number_bytes
         in_blocks = sum(prod(s) for n, s in self.anatomy.shapes.items() if layer_of(n, self.anatomy.prefix) is not None)
         outside = sum(map(prod, self.anatomy.shapes.values())) - in_blocks
-        return (in_blocks - gone) * QUANTIZED_BYTES[self.quantize] + outside * min(self.number_bytes, 2)
+        whole = min(self.number_bytes, 2)
+        each = self.quantized_part * QUANTIZED_BYTES[self.quantize] + (1 - self.quantized_part) * whole
+        return (in_blocks - gone) * each + outside * whole
 
 
 def gone_layers(plan: Plan, units: Sequence[Unit]) -> set[int]:

@@ -43,6 +43,8 @@ Q8_0_BLOCK = 32
 # Mean square of the difference of logits over that of the logits: rounding to 16 bits, or to 8 with a scale for 32.
 TOLERANCE = {Gguf.F16: 1e-4, Gguf.Q8_0: 1e-2}
 CHECKED_TOKENS = 24
+GPT2_POSITIONS = 1024
+QWEN3_HEAD = 128
 
 
 def check_gguf(folder: Path) -> None:
@@ -59,7 +61,18 @@ def check_gguf(folder: Path) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") != "default":
         raise _refused(f"its rotary embedding is scaled ({rope['rope_type']}), which is not written as GGUF here")
+    _check_sizes(config)
     _cut_of(_tokenizer(folder))
+
+
+def _check_sizes(config: PretrainedConfig) -> None:
+    """Refuse sizes that transformers does not read back from the format, but guesses."""
+    if config.model_type == "gpt2" and config.n_positions != GPT2_POSITIONS:
+        raise _refused(f"transformers reads {GPT2_POSITIONS:,} positions of a GPT-2, and it has {config.n_positions:,}")
+    guessed = {"qwen2": config.hidden_size // config.num_attention_heads, "qwen3": QWEN3_HEAD}.get(config.model_type)
+    head = getattr(config, "head_dim", None) or guessed
+    if head != guessed and guessed is not None:
+        raise _refused(f"transformers reads heads of {guessed} of a {config.model_type}, and it has heads of {head}")
 
 
 def _refused(why: str) -> InvalidInput:
@@ -97,27 +110,24 @@ def write_gguf(folder: Path, path: Path, kind: Gguf) -> None:
     config = AutoConfig.from_pretrained(folder, **FOLDER_ONLY)
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, ARCHITECTURES[config.model_type])
-    _add_sizes(writer, config)
-    _add_tokenizer(writer, folder, config.vocab_size)
-    is_f16 = kind is Gguf.F16
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if is_f16 else gguf.LlamaFileType.MOSTLY_Q8_0)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for name, tensor in _tensors(folder, config):
-        array = _array(tensor.float().numpy(), name, config)
-        stored = _stored(array, kind)
-        writer.add_tensor(name, gguf.quants.quantize(array, stored), raw_dtype=stored)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
     try:
+        _add_sizes(writer, config)
+        _add_tokenizer(writer, folder, config.vocab_size)
+        is_f16 = kind is Gguf.F16
+        writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if is_f16 else gguf.LlamaFileType.MOSTLY_Q8_0)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for name, tensor in _tensors(folder, config):
+            array = _array(tensor.float().numpy(), name, config)
+            stored = _stored(array, kind)
+            writer.add_tensor(name, gguf.quants.quantize(array, stored), raw_dtype=stored)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
         _check(folder, path, kind)
-    except InternalError:
-        path.unlink()
+    except BaseException:
+        path.unlink(missing_ok=True)
         raise
-    except Exception as error:  # transformers guesses the sizes that the format has no place for
-        path.unlink()
-        raise InternalError(f"what was written as GGUF cannot be read back ({type(error).__name__})") from error
 
 
 def _stored(array: NDArray[np.float32], kind: Gguf) -> Any:
@@ -262,9 +272,12 @@ def _check(folder: Path, path: Path, kind: Gguf) -> None:
     ids = torch.arange(CHECKED_TOKENS)[None] * 7 % original.config.vocab_size
     expected: Tensor = original.eval()(input_ids=ids).logits
     del original
-    read: Any = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, **FOLDER_ONLY
-    )
+    try:
+        read: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, **FOLDER_ONLY
+        )
+    except Exception as error:  # transformers guesses the sizes that it has no place for
+        raise InternalError(f"what was written as GGUF cannot be read back ({type(error).__name__})") from error
     off = float((read.eval()(input_ids=ids).logits - expected).square().mean() / expected.square().mean())
     if not off <= TOLERANCE[kind]:
         raise InternalError(

@@ -52,6 +52,14 @@ class Effects:
     fb_seconds: float
     """Time of its forward and backward alone, without the effects: one FB."""
 
+    @property
+    def finite(self) -> Tensor:
+        """(N,) bool: the examples whose loss and effects all are numbers."""
+        finite = self.loss.isfinite()
+        for effect in self.by_module.values():
+            finite &= effect.isfinite().all(1).cpu()
+        return finite
+
 
 @contextmanager
 def _hooked(model: nn.Module, recorders: Sequence[Recorder]) -> Iterator[None]:

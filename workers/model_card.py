@@ -56,7 +56,9 @@ def write_cards(out: Path, report: Report, base: Path, *, masked: bool) -> None:
         (out / point.path / "README.md").write_text(text)
     if report.quantized:
         quantized = _front_matter(report, licence, pipeline, library="transformers", relation="quantized")
-        use = quantized_use(report.quantized, ask(report, masked=masked), masked=masked)
+        use = quantized_use(
+            report.quantized, ask(report, masked=masked), masked=masked, unseen=not report.splits.cross_validated
+        )
         (out / "quantized" / "README.md").write_text(f"{quantized}\n{about}\n{use}")
     if not (out / "adapter").is_dir():
         return

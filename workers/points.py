@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from service.reports import CurvePoint
+from workers.checkpoints import shipped_of
 from workers.evaluation import Outcome
 from workers.rounds import Rounds
 from workers.speed import weight_bytes
@@ -47,7 +48,7 @@ def curve(rounds: Rounds, outcomes: Mapping[int, Outcome], out: Path, base: Path
         points.append(
             CurvePoint(
                 number=place.number,
-                parameters=rounds.footprint.fraction(rounds.search.plans[place.number]),
+                parameters=rounds.parameters(rounds.search.plans[place.number], shipped_of(out / place.path)),
                 bytes=weight_bytes(out / place.path) / base_bytes,
                 removed=rounds.descriptions[place.number - 1],
                 accuracy=outcome.accuracy,

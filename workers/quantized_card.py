@@ -17,17 +17,19 @@ def size_table(report: Report) -> str:
     return "\n".join(lines) + f"\n\n{where}\n\n"
 
 
-def quantized_use(quantized: Quantized, ask: str, *, masked: bool) -> str:
+def quantized_use(quantized: Quantized, ask: str, *, masked: bool, unseen: bool) -> str:
     """How to load `quantized/`.
 
     Args:
         ask: lines that get an answer of `model` by `tokenizer`.
+        unseen: whether it was tested on examples that the model was not made from.
     """
+    where = "On the test examples" if unseen else "On the examples that the model was made from"
     auto = "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"
     return f"""## Use
 
 These are the weights of `model/` in {quantized.method} ({quantized.library}); embeddings, head and norms are in
-{quantized.dtype}. On the test examples its {_told(quantized)}. With transformers and `pip install \
+{quantized.dtype}. {where} its {_told(quantized)}. With transformers and `pip install \
 {quantized.library.partition(" ")[0]}`:
 
 ```python

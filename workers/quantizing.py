@@ -69,10 +69,7 @@ def check_quantizable(model: nn.Module, bits: Quantize) -> None:
             "installed there",
             param="quantize",
         )
-    taken = {id(module.weight) for module in model.modules() if _is_taken(module, bits)}
-    whole = _ends(model)
-    between = [p for p in model.parameters() if p.ndim > 1 and id(p) not in whole]
-    part = sum(p.numel() for p in between if id(p) in taken) / max(1, sum(p.numel() for p in between))
+    part = quantized_part(model, bits)
     if part < FEWEST_TAKEN:
         other = "; int4 takes it" if bits is Quantize.INT8 and _are_conv1d(model) else ""
         raise InvalidInput(
@@ -80,6 +77,14 @@ def check_quantizable(model: nn.Module, bits: Quantize) -> None:
             f"such{other}; leave it out",
             param="quantize",
         )
+
+
+def quantized_part(model: nn.Module, bits: Quantize) -> float:
+    """Of the weights between embeddings and head, the part that is quantized."""
+    taken = {id(module.weight) for module in model.modules() if _is_taken(module, bits)}
+    whole = _ends(model)
+    between = [p for p in model.parameters() if p.ndim > 1 and id(p) not in whole]
+    return sum(p.numel() for p in between if id(p) in taken) / max(1, sum(p.numel() for p in between))
 
 
 def _is_taken(module: nn.Module, bits: Quantize) -> bool:
@@ -163,15 +168,20 @@ def ship(
     )
 
 
-def tell(found: Quantized) -> str:
-    """What the verdict says of it."""
+def tell(found: Quantized, *, unseen: bool) -> str:
+    """What the verdict says of it.
+
+    Args:
+        unseen: whether it was tested on examples that the model was not made from.
+    """
     difference = found.differences[0]
     value = getattr(found, difference.metric)
     p = "p < .001" if difference.p < 0.001 else f"p = {difference.p:.3f}"
     return (
         f"In {found.bits} it has {100 * found.fraction:.0f} % of the base's bytes: "
         f"{WORDS[difference.metric]} {value - difference.value:.3f} to {value:.3f} ({difference.value:+.3f}, 95 % "
-        f"interval {difference.low:+.3f} to {difference.high:+.3f}, {p})."
+        f"interval {difference.low:+.3f} to {difference.high:+.3f}, {p})"
+        f"{'' if unseen else ' on the examples that it was made from'}."
     )
 
 

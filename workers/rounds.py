@@ -27,7 +27,7 @@ from torch import Tensor
 from service.errors import InternalError, InvalidInput
 from service.goals import Measure, Target
 from service.jobs import Stage
-from service.reports import Candidate, PassReport
+from service.reports import Candidate, PassReport, Quantized, Shipped
 from workers.compressing import NOUNS, Chooser
 from workers.evaluation import Outcome
 from workers.footprint import Footprint, gone_layers, tidied
@@ -65,6 +65,10 @@ class Aim:
         """What sizes of rounds are fractions of."""
         return "bytes" if self.target.measure == "bytes" else "parameters"
 
+    def left(self, plan: Plan) -> float:
+        """How much of the base a plan leaves, in what is counted."""
+        return self.footprint.fraction(plan, self.counted)
+
     def size(self, gone: Plan | None = None) -> float:
         """Of the last round.
 
@@ -74,14 +78,14 @@ class Aim:
         Raises:
             InvalidInput: it cannot be reached; with what can be.
         """
-        measure, wanted = self.counted, self.target.fraction
-        most = min(self.chooser.most(), key=lambda plan: self.footprint.fraction(plan, measure))
-        least = self.footprint.fraction(most, measure)
+        wanted = self.target.fraction
+        most = min(self.chooser.most(), key=self.left)
+        least = self.left(most)
         if self.latency:
             return self.latency.size_for(wanted, gone or probe(most), least)
         if least > wanted:
             raise InvalidInput(
-                f"with this model and strategy {measure} can fall to {_rounded_up(least)} of the base's, not to "
+                f"with this model and strategy {self.counted} can fall to {_rounded_up(least)} of the base's, not to "
                 f"{wanted:g}",
                 param="target",
             )
@@ -112,20 +116,26 @@ class Rounds:
         search = self.search
         search.begin()
         search.one_pass(1, search.outcomes[0], _as_pass(1, on_step))
-        start = max(self.size, self.footprint.fraction(Plan(), self.aim.counted))  # under 1 where it is to be quantized
+        start = max(self.size, self.aim.left(Plan()))  # under 1 where it is to be quantized
         for number in range(1, rounds + 1):
-            if self.aim.latency and number == rounds > 1:
-                with suppress(InvalidInput):  # measured once it could be reached: noise ends no work that is done
+            last = number == rounds
+            if self.aim.latency and last and rounds > 1:
+                # Measured once it could be reached: noise, or a measurement that fails, ends no work that is done.
+                with suppress(InvalidInput, InternalError):
                     self.size = self.aim.size(search.plans[-1])
             size = start - (start - self.size) * number / rounds
             before, plan_before = search.outcomes[-1], Plan(structures=search.plans[-1].structures)
+            if not last and self._fits(plan_before, size):
+                continue  # a layer was more than one round's part
             began = search.clock.now()
             tried = self._remove(number, size, _as_pass(2 * number, on_step))
             self.descriptions.append(removed(plan_before, search.result.plan, self.footprint.units))
             for track in search.all_tracks:
                 track.plan = Plan(structures=track.plan.structures)
             smaller = search.judge()
-            reports, outcome = self._mend(number, LAST_PASSES if number == rounds else 1, smaller, on_step)
+            check_compressed(smaller)
+            last |= self.aim.latency is None and self._fits(search.result.plan, self.size)
+            reports, outcome = self._mend(number, LAST_PASSES if last else 1, smaller, on_step)
             told = f"removed {self.descriptions[-1]}: loss {before.loss.mean():.3f} to {smaller.loss.mean():.3f}"
             search.passes.append(
                 reports[0].model_copy(
@@ -142,6 +152,11 @@ class Rounds:
                 )
             )
             search.keep(outcome)
+            if last:
+                break
+
+    def _fits(self, plan: Plan, size: float) -> bool:
+        return self.aim.left(plan) <= size + CLOSE
 
     @staticmethod
     def steps(rounds: int) -> int:
@@ -159,12 +174,27 @@ class Rounds:
                 break
         return reports, current
 
-    @property
-    def left(self) -> str:
-        """How much of the base is left in the end, in words: `79.9 % of the base's parameters`."""
-        measure, quantize = self.aim.counted, self.footprint.quantize
-        bits = f", in {quantize}" if quantize and measure == "bytes" else ""
-        return f"{100 * self.footprint.fraction(self.search.plans[-1], measure):.1f} % of the base's {measure}{bits}"
+    def left(self, shipped: Shipped, quantized: Quantized | None) -> str:
+        """How much of the base is left of what was written, in words: `79.9 % of the base's parameters`.
+
+        Args:
+            shipped: the model of the last round.
+            quantized: its form in fewer bits, where there is one.
+        """
+        if self.aim.counted == "parameters":
+            part, what = self.parameters(self.search.plans[-1], shipped), "parameters"
+        elif quantized:
+            part, what = quantized.fraction, f"bytes, in {quantized.bits}"
+        else:
+            part, what = shipped.bytes / self.footprint.bytes, "bytes"
+        zeros = ", the others as zeros in files as large" if self.footprint.tiled else ""
+        return f"{100 * part:.1f} % of the base's {what}{zeros}"
+
+    def parameters(self, plan: Plan, shipped: Shipped) -> float:
+        """Those left, as a fraction of the base's: of the model that was written, but of tiles, which are zeros in any
+        file."""
+        footprint = self.footprint
+        return footprint.fraction(plan) if footprint.tiled else shipped.parameters / footprint.parameters
 
     def _remove(self, number: int, size: float, on_step: OnStep) -> list[Candidate]:
         """Have every track choose; what was tried for the result."""
@@ -220,9 +250,13 @@ class _Ground:
         self.tried: list[Candidate] = []
         self._before = self._record(self.plan)
 
+    def left(self, plan: Plan) -> float:
+        """How much of the base a plan leaves, in what the target counts."""
+        return self._rounds.aim.left(plan)
+
     def fits(self, plan: Plan) -> bool:
         """Whether a plan is down to the round's size."""
-        return self._rounds.footprint.fraction(plan, self._rounds.aim.counted) <= self._size + CLOSE
+        return self.left(plan) <= self._size + CLOSE
 
     def go_on(self, plan: Plan) -> None:
         """Further plans contain this one."""
@@ -257,6 +291,16 @@ class _Ground:
             )
         )
         return loss if math.isfinite(loss) else math.inf
+
+
+def check_compressed(outcome: Outcome) -> None:
+    """Raises InvalidInput where a model is so small that some losses are no numbers any more."""
+    if outcome.broken:
+        raise InvalidInput(
+            f"at this size the model has no finite loss on {outcome.broken} of {len(outcome.loss)} examples; ask for "
+            "a larger one",
+            param="target",
+        )
 
 
 def removed(before: Plan, after: Plan, units: Sequence[Unit]) -> str:

@@ -155,7 +155,7 @@ class Search:
         """The plans that these are of, one for each track, in the order of `plans`."""
         self._recorded: dict[int, tuple[Plan, Prefixes]] = {}
         self.unreached: dict[str, str] = {}
-        """Modules that no gradient reached, and why."""
+        """Modules and structures that no gradient has reached, and why."""
 
     def run(self, passes: int, on_step: OnStep) -> None:
         """Up to `passes` passes; the first that is not accepted is the last."""
@@ -277,7 +277,7 @@ class Search:
         judged = [[at[row] for row in track.judge] for track in self.tracks]
         return choose_by_accuracy(trials, current, judged, len(self.all_tracks))
 
-    def _allowed(self, proposed: Sequence[Proposal], refused: list[Proposal]) -> Iterator[Proposal]:
+    def _allowed(self, proposed: Iterable[Proposal], refused: list[Proposal]) -> Iterator[Proposal]:
         for proposal in proposed:
             if self.bound is None or self.bound.allows(self._result_with(proposal)):
                 yield proposal
@@ -378,7 +378,7 @@ class Search:
 
         # The bound may have made the first of them smaller than some of the grid.
         smaller = (proposal for proposal in reversed(grid[:begin]) if proposal.size < trials[0].proposal.size)
-        climb(up, smaller, gain_of)
+        climb(up, self._allowed(smaller, []), gain_of)
         refused += over
         return trials
 
@@ -445,11 +445,14 @@ class Search:
 
         Args:
             targets, units: what effects are taken of; all that are ranked, where none are given.
+
+        Raises:
+            UnusableModel: the base has no finite loss or gradient on some examples.
         """
         subject = self.subject
         started = self.clock.now()
         with subject.without(plan):
-            found, self.unreached = effects(
+            found, unreached = effects(
                 subject.model,
                 self.ranked_targets if targets is None else targets,
                 subject.spectra,
@@ -459,8 +462,18 @@ class Search:
                 units=self.ranked_units if units is None else units,
                 on_batch=on_batch,
             )
+        before = {name: why for name, why in self.unreached.items() if name not in found.by_module}
+        self.unreached = before | unreached
         self.clock.backward += self.clock.now() - started
         self.clock.fb = self.clock.fb or found.fb_seconds
+        finite = found.finite
+        if not finite.all():
+            if not plan.size:
+                raise UnusableModel(
+                    f"in {subject.dtype} its loss or its gradient on some examples is not finite", param="model"
+                )
+            for effect in found.by_module.values():  # of a model that removals broke on an example, nothing is known
+                effect[~finite.to(effect.device)] = 0
         return found
 
     def _judge(self, plans: Sequence[Plan], rows: Collection[int]) -> Outcome:

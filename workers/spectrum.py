@@ -164,9 +164,10 @@ def _seal(key: str, payload: bytes) -> bytes:
 def _read(path: Path) -> Spectrum | None:
     try:
         content = path.read_bytes()
-        os.utime(path)  # the time of last use decides what goes first
     except OSError:
         return None
+    with suppress(OSError):  # the time of last use decides what goes first; another user's file can be read alone
+        os.utime(path)
     digest, payload = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
     if _seal(path.name, payload) != digest:
         return None

@@ -49,6 +49,7 @@ MIXED = {
     "neurons": {Kind.NEURONS},
     "sublayers": SUBLAYERS,
     "layers": {Kind.LAYERS},
+    "blocks": set(),
 }
 
 
@@ -83,6 +84,8 @@ def structures(
             units, skipped = pattern_units(targets)
     elif kinds := _kinds(options):
         units, skipped = find_units(model, targets, kinds)
+    if isinstance(options, MixedOptions) and "blocks" in options.kinds:
+        units += tile_units(targets, BlocksOptions().size)
     if isinstance(options, LayersOptions) and options.score == "block_influence":
         units = [_turning(model, unit) for unit in units if isinstance(unit, Whole)]
     if not (units or decomposes(options)):

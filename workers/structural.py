@@ -131,6 +131,7 @@ NOUNS = {
     "groups": "group of heads",
     "neurons": "neuron",
     "all": "layer or sub-layer",
+    "blocks64": "tile",
 }
 
 

@@ -6,7 +6,7 @@ significantly worse in neither accuracy nor exact match. Else the base is, and t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,6 +30,10 @@ class Verdict:
     """The one the decision stands on; of what is returned, so zero where that is the base."""
     differences: list[Difference]
     """Of what is returned, in every metric."""
+
+    def opened_by(self, left: str) -> Verdict:
+        """The same, its sentence after how much of the base is left."""
+        return replace(self, sentence=f"{left}; {self.sentence}")
 
 
 def judge(base: Outcome, adapted: Outcome, sizes: SplitSizes, seed: int, *, removed: int) -> Verdict:
@@ -62,23 +66,15 @@ def judge(base: Outcome, adapted: Outcome, sizes: SplitSizes, seed: int, *, remo
     return Verdict(True, True, f"Improved on {where}: {told}.", better[0], found)
 
 
-def judge_compressed(base: Outcome, adapted: Outcome, sizes: SplitSizes, seed: int, *, left: str) -> Verdict:
-    """Compare a compressed model with its base. It is returned in any case.
-
-    Args:
-        left: how much of the base it is, in words.
-    """
+def judge_compressed(base: Outcome, adapted: Outcome, sizes: SplitSizes, seed: int) -> Verdict:
+    """Compare a compressed model with its base. It is returned in any case."""
     where = f"{sizes.test} {'cross-validated' if sizes.cross_validated else 'unseen'} examples"
-    if adapted.broken:
-        unchanged = differences(base, base, seed)
-        sentence = f"{left}; no finite loss on {adapted.broken} of {where}."
-        return Verdict(False, True, sentence, unchanged[0], unchanged)
     found = differences(base, adapted, seed)
     first = found[0]
     before, after = _values(first, base, adapted)
     p = "p < .001" if first.p < 0.001 else f"p = {first.p:.3f}"
     name = {"accuracy": "accuracy", "exact_match": "exact match", "loss": "loss"}[first.metric]
-    sentence = f"{left}; {name} {100 * after:.1f} % (base {100 * before:.1f} %, {p}) on {where}."
+    sentence = f"{name} {100 * after:.1f} % (base {100 * before:.1f} %, {p}) on {where}."
     worse = any(d.metric != "loss" and d.high < 0 and d.p < SIGNIFICANT for d in found)
     better = [d for d in found if _better(d)]
     improved = bool(better) and not worse

@@ -94,7 +94,7 @@ def download(
             bar.update(tasks[file.path], completed=held)
 
         compressed = client.get(job).goal is Goal.COMPRESS
-        only = COMPRESSED if compressed else ("",) if model else ADAPTER
+        only = ("",) if model else COMPRESSED if compressed else ADAPTER
         fetched = client.download(job, folder, only=only, point=point, on_bytes=on_bytes)
     if as_json:
         print(json.dumps({"folder": str(folder), "files": [str(path) for path in fetched]}))

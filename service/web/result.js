@@ -374,7 +374,7 @@ function sizes(report) {
   const { speed, quantized } = report;
   if (!speed) return null;
   const models = [["base", speed.base, report.base], ["adapted", speed.model, report.adapted]];
-  if (speed.quantized && quantized) models.push([`adapted, ${quantized.bits}`, speed.quantized, quantized]);
+  if (speed.quantized && quantized) models.push([`adapted, ${quantized.bits}`, speed.quantized, report.splits.cross_validated ? {} : quantized]);
   const columns = [
     ["weights", (measured) => bytes(measured.bytes)],
     ["peak memory", (measured) => bytes(measured.peak_memory_bytes)],

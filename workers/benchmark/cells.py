@@ -15,11 +15,12 @@ from service.errors import InvalidInput
 from service.jobs import Objective, PromptFormat
 from service.models import Model
 from workers.adaptation import encode_for, layout_for
+from workers.batching import in_batches
 from workers.benchmark.clock import now
 from workers.benchmark.tasks import Split
 from workers.drift import NeutralText, encode_neutral, paragraphs
 from workers.evaluation import Outcome, evaluate, losses, score
-from workers.examples import Batch, Encoded, Layout, batches
+from workers.examples import Batch, Encoded, Layout
 from workers.loading import Checkpoint, load
 from workers.search import Subject
 from workers.spectrum import Spectrum, SpectrumCache
@@ -130,15 +131,23 @@ def prepare(bench: Bench, task: str, seed: int, rows: Encodings, fb_seconds: flo
 def measure_fb(model: nn.Module, rows: Sequence[Encoded], layout: Layout) -> float:
     """Seconds of one forward and backward over the rows, with no hook on any target: gradients of the activations
     alone, as one pass of the method takes them. The first batch is run once before, unmeasured."""
-    laid_out = list(batches(rows, layout))
+
+    def forward_backward(batch: Batch) -> None:
+        on_device = batch.to(next(model.parameters()).device)
+        with torch.enable_grad():
+            loss = losses(score(model, on_device), on_device, OBJECTIVE)
+            loss.sum().backward()  # type: ignore[no-untyped-call]
+
     with frozen(model):
         embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
         # The first block's input wants a gradient, so that one flows through all blocks.
         handle = embeddings.register_forward_hook(lambda *call: call[2].requires_grad_(True))
         try:
-            _forward_backward(model, laid_out[:1])
+            # The longest rows come first: what memory does not hold is known before the clock runs.
+            next(in_batches(rows, layout, "backward", forward_backward))
             started = now()
-            _forward_backward(model, laid_out)
+            for _ in in_batches(rows, layout, "backward", forward_backward):
+                pass
             return now() - started
         finally:
             handle.remove()
@@ -155,12 +164,3 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)
-
-
-def _forward_backward(model: nn.Module, laid_out: Sequence[Batch]) -> None:
-    device = next(model.parameters()).device
-    for batch in laid_out:
-        on_device = batch.to(device)
-        with torch.enable_grad():
-            loss = losses(score(model, on_device), on_device, OBJECTIVE)
-            loss.sum().backward()  # type: ignore[no-untyped-call]

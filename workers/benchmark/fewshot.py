@@ -1,7 +1,8 @@
 """Few-shot prompting: examples of the gradient split before every prompt, their keys and values computed once.
 
 The context is the same for all rows, so that a row costs what it costs alone, and attention over the context. Where
-a model does not take a cache that way (a sliding window, a recurrence), every row is run with the context in full.
+a model does not take a cache that way (a sliding window, a recurrence, a masked language model, whose tokens see what
+follows), every row is run with the context in full.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from service.jobs import Example
+from service.masks import fill
 from workers.adaptation import layout_for
 from workers.benchmark.cells import OBJECTIVE, Cell
 from workers.benchmark.clock import now
@@ -52,15 +54,20 @@ def prompt_with_examples(cell: Cell, examples: Sequence[Example]) -> Prompted:
     shots, context = _fitting(
         balanced(examples, SHOTS, cell.seed), base.tokenizer, special, rows, cell.bench.model.context_length
     )
-    behind = [replace(row, prompt=row.prompt[len(special) :]) for row in rows]
-    joined = [replace(row, prompt=(*context, *row.prompt)) for row in behind]
-    prefixed = Prefixed.build(base.model, context) if context else None
+    behind = [_moved(row, row.prompt[len(special) :], -len(special)) for row in rows]
+    joined = [_moved(row, (*context, *row.prompt), len(context)) for row in behind]
+    prefixed = Prefixed.build(base.model, context) if context and not base.masked else None
     if prefixed is not None and agree(prefixed, behind, joined, cell.layout):
         outcome = evaluate(prefixed, behind, OBJECTIVE, cell.layout)
     else:
         prefixed = None
         outcome = evaluate(base.model, joined, OBJECTIVE, layout_for(base, joined))
     return Prompted(outcome, shots, prefixed is not None, now() - started)
+
+
+def _moved(row: Encoded, prompt: tuple[int, ...], by: int) -> Encoded:
+    """A row with another prompt, in which its mask stands so many tokens further on."""
+    return replace(row, prompt=prompt, mask_at=None if row.mask_at is None else row.mask_at + by)
 
 
 def balanced(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
@@ -81,11 +88,19 @@ def _fitting(
     """As many of the examples as leave room for the longest row, and their tokens, those before every text first."""
     longest = max(row.length for row in rows)
     for shots in range(len(examples), 0, -1):
-        text = "".join(example.prompt + example.completion + SEPARATOR for example in examples[:shots])
+        text = "".join(_answered(example, tokenizer) + SEPARATOR for example in examples[:shots])
         context = (*special, *tokenizer([text], add_special_tokens=False)["input_ids"][0])
         if limit is None or len(context) + longest <= limit:
             return shots, context
     return 0, tuple(special)
+
+
+def _answered(example: Example, tokenizer: Tokenizer) -> str:
+    """An example with its answer, behind the prompt or in the place of its mask."""
+    mask = tokenizer.mask_token
+    if mask is not None and mask in example.prompt:
+        return fill(example.prompt, mask, example.completion)
+    return example.prompt + example.completion
 
 
 class _SharedContext(DynamicCache):

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from service.errors import UnusableModel
+from workers.batching import in_batches
 from workers.benchmark.cells import OBJECTIVE, Cell, frozen
 from workers.benchmark.clock import now
 from workers.evaluation import Outcome, evaluate, losses, score
-from workers.examples import batches
+from workers.examples import Batch
 from workers.progress import folder_bytes
 
 RANK = 8
@@ -37,7 +39,15 @@ LEARNING_RATE = 2e-3
 LARGEST_NORM = 1.0
 """Gradients longer than this are cut to it."""
 # Names of the query and value projections, fused ones too, for architectures that PEFT's mapping does not know.
-PROJECTIONS = (("q_proj", "v_proj"), ("query", "value"), ("qkv_proj",), ("query_key_value",), ("c_attn",), ("Wqkv",))
+PROJECTIONS = (
+    ("q_proj", "v_proj"),
+    ("query", "value"),
+    ("q_lin", "v_lin"),
+    ("qkv_proj",),
+    ("query_key_value",),
+    ("c_attn",),
+    ("Wqkv",),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +72,7 @@ def train(cell: Cell, learning_rate: float = LEARNING_RATE) -> Trained:
     """Train, choose the epoch, test, and leave the base model as it was."""
     started = now()
     model, selection = cell.bench.base.model, cell.rows.selection
-    with _adapter(model, cell.seed) as adapted:
+    with _adapter(model, cell.seed, masked=cell.bench.base.masked) as adapted:
         trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         found: list[float] = []
         states: list[list[Tensor]] = []
@@ -89,17 +99,25 @@ def _epochs(cell: Cell, trained: list[nn.Parameter], learning_rate: float) -> It
     steps = EPOCHS * -(-len(rows) // BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     rng = np.random.default_rng(cell.seed)
+
+    def gradients_of(batch: Batch, count: int) -> tuple[Tensor | None, ...]:
+        """Of the mean loss over `count` rows, this batch's part."""
+        on_device = batch.to(device)
+        with torch.enable_grad():
+            loss = losses(score(model, on_device), on_device, OBJECTIVE)
+            return torch.autograd.grad(loss.sum() / count, trained, allow_unused=True)
+
     yield 0
     for epoch in range(1, EPOCHS + 1):
         order = rng.permutation(len(rows)).tolist()
         for start in range(0, len(rows), BATCH):
             chosen = [rows[i] for i in order[start : start + BATCH]]
             optimizer.zero_grad()
-            for batch in batches(chosen, cell.layout):  # more than one where the rows are long
-                on_device = batch.to(device)
-                with torch.enable_grad():
-                    loss = losses(score(model, on_device), on_device, OBJECTIVE)
-                    (loss.sum() / len(chosen)).backward()  # type: ignore[no-untyped-call]
+            # More than one where the rows are long.
+            for _, gradients in in_batches(chosen, cell.layout, "backward", partial(gradients_of, count=len(chosen))):
+                for parameter, gradient in zip(trained, gradients, strict=True):
+                    if gradient is not None:
+                        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
             nn.utils.clip_grad_norm_(trained, LARGEST_NORM)
             optimizer.step()
             schedule.step()
@@ -107,10 +125,14 @@ def _epochs(cell: Cell, trained: list[nn.Parameter], learning_rate: float) -> It
 
 
 @contextmanager
-def _adapter(model: nn.Module, seed: int) -> Iterator[Any]:
+def _adapter(model: nn.Module, seed: int, *, masked: bool) -> Iterator[Any]:
     """The model with a new adapter in it. Its own modules, weights and their `requires_grad` come back after."""
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=target_modules(model)
+        task_type=None if masked else "CAUSAL_LM",  # PEFT knows no type of masked models
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=0.0,
+        target_modules=target_modules(model),
     )
     with frozen(model):
         with torch.random.fork_rng(), warnings.catch_warnings():

@@ -12,11 +12,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from service.errors import InvalidInput
 from service.strict import Strict
+
+T = TypeVar("T")
 
 
 class Row(Strict):
@@ -76,6 +79,8 @@ class Row(Strict):
     prefill: float | None = None
     decode: float | None = None
     """Tokens a second; the base is measured in the same run."""
+    date: str | None = None
+    """The day it was measured on."""
 
 
 class CandidateRow(Strict):
@@ -108,6 +113,7 @@ class Run(Strict):
     machine: dict[str, str | int]
 
 
+RUN = TypeAdapter(Run)
 ROWS = TypeAdapter(list[Row])
 CANDIDATES = TypeAdapter(list[CandidateRow])
 
@@ -154,17 +160,24 @@ class Records:
 
     def run(self) -> Run:
         """What the folder's rows have in common, with the tasks of all who worked on it."""
-        return Run.model_validate_json((self.folder / "run.json").read_bytes())
+        return self._read("run.json", RUN)
 
     def rows(self) -> list[Row]:
         """All rows measured so far, by whatever process."""
-        path = self.folder / "bench.json"
-        return ROWS.validate_json(path.read_bytes()) if path.exists() else []
+        return self._read("bench.json", ROWS) if (self.folder / "bench.json").exists() else []
 
     def candidates(self) -> list[CandidateRow]:
         """All candidates tried so far."""
-        path = self.folder / "candidates.json"
-        return CANDIDATES.validate_json(path.read_bytes()) if path.exists() else []
+        return self._read("candidates.json", CANDIDATES) if (self.folder / "candidates.json").exists() else []
+
+    def _read(self, name: str, adapter: TypeAdapter[T]) -> T:
+        path = self.folder / name
+        try:
+            return adapter.validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise InvalidInput(
+                f"{path} is damaged or of another version ({error.errors()[0]['msg']}); name a new folder", param="out"
+            ) from None
 
     def add(self, rows: Sequence[Row], candidates: Sequence[CandidateRow] = ()) -> None:
         """Add what was measured. Rows come last: where they are, their candidates are."""

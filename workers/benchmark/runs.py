@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from scipy import stats
 
+from service.errors import C2IError, InternalError
 from service.models import Model
 from workers.benchmark.cells import OBJECTIVE, Bench, Cell, Encodings, encode_split, prepare
 from workers.benchmark.methods import Measured, measure, units
@@ -23,6 +24,7 @@ from workers.benchmark.records import Records, Row, Run
 from workers.benchmark.tables import write_tables
 from workers.benchmark.tasks import Sizes, Split, Task, split
 from workers.evaluation import Array, Outcome, changes, mcnemar_p, metrics
+from workers.proposals import plural
 
 PACKAGES = ("compress-to-impress", "torch", "transformers", "peft", "numpy", "scipy")
 
@@ -60,7 +62,11 @@ def run(
 
     Raises:
         InvalidInput: before anything is measured, what is wrong with the examples or with `out`.
+        InternalError: at the end, naming what could not be measured and has no row; all else has.
     """
+    for task in tasks:
+        if task.contradicting:
+            say(f"{task.name}: {plural(task.contradicting, 'row')} left out, whose prompt has another answer before")
     cells = [Pending(t.name, seed, split(t, seed, sizes, model.id)) for seed in range(seeds) for t in tasks]
     records = Records(out)
     records.open(
@@ -76,17 +82,22 @@ def run(
         )
     )
     pending = [cell for cell in cells if cell.left(records, methods)]
+    failed: list[str] = []
     if pending:
         say(f"loading {model.id}")
         bench = Bench.load(model, cache)
         encodings = {id(cell): encode_split(bench, cell.split) for cell in pending}
         clock = _Clock([unit for cell in pending for unit in units(cell.left(records, methods))])
         for cell in _claimed(records, pending):
-            _measure_cell(cell, bench, encodings[id(cell)], records, methods, clock, say)
+            for failure in _measure_cell(cell, bench, encodings[id(cell)], records, methods, clock, say):
+                say(failure)
+                failed.append(failure)
             write_tables(records, records.run())
     write_tables(records, records.run())
     write_plots(records)
     say(f"{len(records.rows())} rows in {out / 'bench.json'}; tables in {out / 'results.md'}")
+    if failed:
+        raise InternalError(f"{len(failed)} not measured, the same command tries them again: {'; '.join(failed)}")
 
 
 def _claimed(records: Records, cells: Sequence[Pending]) -> Iterator[Pending]:
@@ -111,20 +122,35 @@ def _measure_cell(
     methods: Sequence[str],
     clock: _Clock,
     say: Callable[[str], None],
-) -> None:
+) -> Iterator[str]:
+    """Measure what is left of a cell; gives what failed, in words, and goes on with the next."""
     todo = units(pending.left(records, methods))
     if not todo:  # another process did it
         return
     there = [row for row in records.rows() if (row.task, row.seed) == (pending.task, pending.seed)]
-    cell = prepare(bench, pending.task, pending.seed, rows, there[0].fb_seconds if there else None)
+    name = f"{pending.task} seed {pending.seed}"
+    try:
+        cell = prepare(bench, pending.task, pending.seed, rows, there[0].fb_seconds if there else None)
+    except Exception as error:
+        yield f"{name}: {_reason(error)}"
+        return
     for unit in todo:
         started = time.perf_counter()
-        found = measure(cell, unit, pending.split.gradient)
+        try:
+            found = measure(cell, unit, pending.split.gradient)
+        except Exception as error:
+            clock.done(unit, time.perf_counter() - started)
+            yield f"{name} {', '.join(unit)}: {_reason(error)}"
+            continue
         new = [make_row(cell, method, measured) for method, measured in found.by_method.items()]
         records.add(new, found.candidates)
         left = clock.done(unit, time.perf_counter() - started)
         for row in new:
             say(f"{_line(row)}; {left}")
+
+
+def _reason(error: Exception) -> str:
+    return error.message if isinstance(error, C2IError) else f"{type(error).__name__}: {error}"
 
 
 def make_row(cell: Cell, method: str, measured: Measured) -> Row:
@@ -170,6 +196,7 @@ def make_row(cell: Cell, method: str, measured: Measured) -> Row:
         peak_memory=size.peak_memory if size else None,
         prefill=size.prefill if size else None,
         decode=size.decode if size else None,
+        date=datetime.now(UTC).date().isoformat(),
     )
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from service.strategies import C2IOptions
+from workers.benchmark.methods import C2I
 from workers.benchmark.records import Records, Row, Run, write_whole
 from workers.evaluation import mcnemar_p
 
@@ -173,7 +175,7 @@ def render(rows: Sequence[Row], run: Run) -> str:
     gradient, selection, test = run.rows
     head = [
         f"# {run.model}: tasks {len(tasks)}, seeds {len(seeds)}",
-        f"{run.started[:10]}; {gradient} gradient, {selection} selection and {test} test rows; objective "
+        f"{_dates(rows, run)}; {gradient} gradient, {selection} selection and {test} test rows; objective "
         f"`{run.objective}`; model revision {run.revision[:12]}; {run.machine['processor']}, {run.machine['threads']} "
         f"threads, GPU: {run.machine['gpu']}; " + ", ".join(f"{name} {v}" for name, v in run.versions.items()) + ".",
     ]
@@ -270,6 +272,13 @@ def _task_cells(rows: Sequence[Row]) -> list[str]:
 def _sampled(rows: Sequence[Row]) -> str:
     """For each method that tried a sample of its candidates: how many of how many, and what all would have taken."""
     lines = []
+    if any(row.method == "c2i" for row in rows):
+        usual = C2IOptions()
+        lines.append(
+            f"\nc2i tries {C2I.candidates} candidates a cell: {C2I.matrices} matrices, {len(C2I.retentions)} "
+            f"retentions, {', '.join(map(str, C2I.row_blocks))} row blocks. A job tries {usual.candidates}: "
+            f"{usual.matrices} matrices, {', '.join(map(str, usual.row_blocks))} blocks.\n"
+        )
     for method in methods_of(rows):
         mine = [row for row in rows if row.method == method and row.tried and row.tried_of and row.tried < row.tried_of]
         if mine:
@@ -281,6 +290,12 @@ def _sampled(rows: Sequence[Row]) -> str:
                 f"a cell; all of them are extrapolated, not measured, to {hours:.1f} hours and {fb:,.0f} FB a cell.\n"
             )
     return "".join(lines)
+
+
+def _dates(rows: Sequence[Row], run: Run) -> str:
+    """The days on which rows were measured, the first and the last."""
+    days = sorted({row.date or run.started[:10] for row in rows})
+    return " to ".join(dict.fromkeys([days[0], days[-1]])) if days else run.started[:10]
 
 
 def _table(header: str, body: Sequence[Sequence[str]]) -> str:

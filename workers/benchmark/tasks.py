@@ -33,12 +33,14 @@ class Sizes:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One file. Rows that stand in it twice count once, at their first place."""
+    """One file. A prompt that stands in it twice with the same choices counts once, with its first answer."""
 
     name: str
     lines: jsonl.JsonLines
     digest: str
     """sha256 of the file."""
+    contradicting: int
+    """Rows left out because their prompt has another answer in an earlier row, which a job refuses."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,20 +71,23 @@ def find_tasks(folder: Path, names: Sequence[str] | None) -> list[Task]:
 
 def _read(path: Path) -> Task:
     read = example_files.read(path)
-    seen: dict[object, int] = {}
-    for i, row in enumerate(read.objects):
-        seen.setdefault(_identity(row), i)
+    seen: dict[str, int] = {}
+    first = [seen.setdefault(_question(row), i) for i, row in enumerate(read.objects)]
+    answers = [row.get("completion") if isinstance(row, dict) else None for row in read.objects]
+    contradicting = sum(answers[i] != answers[j] for i, j in enumerate(first))
     kept = list(seen.values())
     lines = jsonl.JsonLines(str(path), [read.objects[i] for i in kept], [read.lines[i] for i in kept])
-    return Task(path.stem, lines, sha256(path.read_bytes()).hexdigest())
+    return Task(path.stem, lines, sha256(path.read_bytes()).hexdigest(), contradicting)
 
 
-def _identity(row: object) -> object:
-    """What makes two rows the same example, the order of choices apart."""
-    if not isinstance(row, dict):
+def _question(row: object) -> str:
+    """What two rows that ask the same have in common, by the rule of `service.jobs.check_examples`; of a row that no
+    job takes, all of it."""
+    if not isinstance(row, dict) or "prompt" not in row:
         return repr(row)
-    choices = row.get("choices")
-    return repr({**row, "choices": sorted(map(repr, choices)) if isinstance(choices, list) else choices})
+    choices = row.get("choices") or []
+    asked = sorted(map(repr, choices)) if isinstance(choices, list) else choices
+    return repr((row["prompt"], asked, row.get("turns") or []))
 
 
 def split(task: Task, seed: int, sizes: Sizes, model: str) -> Split:
