@@ -536,7 +536,7 @@ def test_plots_take_candidates_of_any_quality(tmp_path: Path) -> None:
 
 def test_smaller_models_have_a_table_and_a_picture(tmp_path: Path) -> None:
     records = Records(tmp_path)
-    small = {"left": 0.75, "model_bytes": 0.76, "peak_memory": 0.9, "prefill": 1.25, "decode": 1.3}
+    small = {"left": 0.75, "model_bytes": 0.76, "peak_memory": 0.9, "prefill": 1.25, "decode": 1.3, "energy": 0.7}
     records.add(
         [
             row("a", "base", 0, 0.5, 0, 0),
@@ -549,8 +549,11 @@ def test_smaller_models_have_a_table_and_a_picture(tmp_path: Path) -> None:
     write_plots(records)
     assert (tmp_path / "accuracy_by_size.png").stat().st_size > 10_000
     text = render(records.rows(), a_run())
-    assert "| compress/layers@0.8 | 1 | 0.750 | 0.700 | 0.700 | 1.000 | 2.0 | 0.76 | 0.90 | 1.25 x | 1.30 x |" in text
-    assert "| heads@0.9 | 1 | 0.890 | 0.400 | 0.400 | 1.000 | 2.0 |  |  |  |  |" in text
+    assert (
+        "| compress/layers@0.8 | 1 | 0.750 | 0.700 | 0.700 | 1.000 | 2.0 | 0.76 | 0.90 | 1.25 x | 1.30 x | 0.70 |"
+        in text
+    )
+    assert "| heads@0.9 | 1 | 0.890 | 0.400 | 0.400 | 1.000 | 2.0 |  |  |  |  |  |" in text
 
 
 def a_run() -> Run:

@@ -125,7 +125,7 @@ class Rounds:
                     self.size = self.aim.size(search.plans[-1])
             size = start - (start - self.size) * number / rounds
             before, plan_before = search.outcomes[-1], Plan(structures=search.plans[-1].structures)
-            if not last and self._fits(plan_before, size):
+            if not last and self._fit(size):
                 continue  # a layer was more than one round's part
             began = search.clock.now()
             tried = self._remove(number, size, _as_pass(2 * number, on_step))
@@ -134,7 +134,7 @@ class Rounds:
                 track.plan = Plan(structures=track.plan.structures)
             smaller = search.judge()
             check_compressed(smaller)
-            last |= self.aim.latency is None and self._fits(search.result.plan, self.size)
+            last |= self.aim.latency is None and self._fit(self.size)
             reports, outcome = self._mend(number, LAST_PASSES if last else 1, smaller, on_step)
             told = f"removed {self.descriptions[-1]}: loss {before.loss.mean():.3f} to {smaller.loss.mean():.3f}"
             search.passes.append(
@@ -155,8 +155,9 @@ class Rounds:
             if last:
                 break
 
-    def _fits(self, plan: Plan, size: float) -> bool:
-        return self.aim.left(plan) <= size + CLOSE
+    def _fit(self, size: float) -> bool:
+        """Whether every track's plan is down to a size."""
+        return all(self.aim.left(track.plan) <= size + CLOSE for track in self.search.all_tracks)
 
     @staticmethod
     def steps(rounds: int) -> int:

@@ -27,6 +27,7 @@ NOT_RUN: Final[dict[tuple[str, str], str]] = {
     ("docs/smaller.md", "curl -sO 'http://127.0.0.1:8000/v1/jobs/JOB/model.zip?point=1'"): "needs a job of that "
     "goal; tests/test_compress.py downloads points",
     ("docs/smaller.md", "c2i download JOB --out point --point 1"): "likewise",
+    ("docs/smaller.md", "c2i download JOB --out all --model"): "likewise",
     ("docs/smaller.md", "c2i adapt landmark_continent.jsonl"): "minutes; tests/test_compress.py runs smaller ones",
     ("docs/operating.md", "REDIS_URL=redis://redis.internal"): "runs until it is stopped",
     ("docs/extending.md", "python -m pytest"): "the architecture is no part of the tests",

@@ -33,6 +33,8 @@ class Size:
     """Tokens a second."""
     decode: float | None
     """Tokens a second; None for a masked language model."""
+    energy: float | None
+    """Joules for a token; None where the machine tells none."""
 
 
 def compress(
@@ -68,10 +70,11 @@ def written_size(base: Checkpoint, subject: Subject, plan: Plan) -> Size:
 
 def over(base: Speed, model: Speed) -> Size:
     """A model's figures as parts of the base's."""
-    decode = base.decode_tokens_per_second
+    decode, joules = base.decode_tokens_per_second, base.joules_per_token
     return Size(
         model.bytes / base.bytes,
         model.peak_memory_bytes / base.peak_memory_bytes,
         model.prefill_tokens_per_second / base.prefill_tokens_per_second,
         None if decode is None else (model.decode_tokens_per_second or 0.0) / decode,
+        None if not joules or model.joules_per_token is None else model.joules_per_token / joules,
     )

@@ -79,6 +79,8 @@ class Row(Strict):
     prefill: float | None = None
     decode: float | None = None
     """Tokens a second; the base is measured in the same run."""
+    energy: float | None = None
+    """Joules for a token, where the machine tells."""
     date: str | None = None
     """The day it was measured on."""
 

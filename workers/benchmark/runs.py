@@ -196,6 +196,7 @@ def make_row(cell: Cell, method: str, measured: Measured) -> Row:
         peak_memory=size.peak_memory if size else None,
         prefill=size.prefill if size else None,
         decode=size.decode if size else None,
+        energy=size.energy if size else None,
         date=datetime.now(UTC).date().isoformat(),
     )
 

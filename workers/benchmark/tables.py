@@ -39,10 +39,11 @@ measured for each cell in the same run.
 
 SIZE_NOTES = """\
 *Left* are the parameters that did not go with a structure, as a part of the base's; what follows FB is of the written
-model over the base, both loaded and run in turns, where the model is really smaller. `heads` and the like are one pass
-of the strategy, which removes what harms. `heads@0.9` removes heads by effect until nine tenths of the parameters are
-left, `heads/michel@0.9` by that score, and nothing else; `magnitude@0.9` the smallest entries of all weights, which
-makes no file smaller. `compress/layers@0.8` is a job of the goal `compress`, which removes components too.
+model over the base, both loaded and run in turns, where the model is really smaller; *energy* is that of a token, where
+the machine tells it. `heads` and the like are one pass of the strategy, which removes what harms. `heads@0.9` removes
+heads by effect until nine tenths of the parameters are left, `heads/michel@0.9` by that score, and nothing else;
+`magnitude@0.9` the smallest entries of all weights, which makes no file smaller. `compress/layers@0.8` is a job of the
+goal `compress`, which removes components too.
 """
 
 
@@ -218,13 +219,15 @@ def _overall_cells(s: Summary) -> list[str]:
 
 
 def _sizes(rows: Sequence[Row]) -> str:
-    header = "method | cells | left | metric | exact match | loss | FB | file bytes | peak memory | prefill | decode"
+    sizes = "file bytes | peak memory | prefill | decode | energy"
+    header = f"method | cells | left | metric | exact match | loss | FB | {sizes}"
     return _table(header, [_size_cells([r for r in rows if r.method == method]) for method in methods_of(rows)])
 
 
 def _size_cells(rows: Sequence[Row]) -> list[str]:
     means = (_mean_known([getattr(row, name) for row in rows]) for name in ("model_bytes", "peak_memory"))
     speeds = (_mean_known([getattr(row, name) for row in rows]) for name in ("prefill", "decode"))
+    energy = _mean_known([row.energy for row in rows])
     return [
         label(rows[0].method),
         str(len(rows)),
@@ -235,6 +238,7 @@ def _size_cells(rows: Sequence[Row]) -> list[str]:
         f"{_mean([row.fb for row in rows]):.1f}",
         *("" if mean is None else f"{mean:.2f}" for mean in means),
         *("" if mean is None else f"{mean:.2f} x" for mean in speeds),
+        "" if energy is None else f"{energy:.2f}",
     ]
 
 
