@@ -39,10 +39,8 @@ PART_JUDGED = 0.2
 JUDGED_WHOLE = 2.0
 # A candidate of a grid changes one matrix, and is run from its block on.
 GRID_CANDIDATE = 0.6
-# `compress` tries so many layers in a step, in the first of a round more, and so many orders of other structures a
-# round, on a part of the examples.
-LAYERS_TRIED = 12
-LAYERS_TRIED_FIRST = 32
+# `compress` tries so many layers in a step, so many orders of other structures a round, on a part of the examples.
+LAYERS_TRIED = 8
 ORDERS = 4
 CHOSEN_ON = 0.5
 # Most jobs end before their last pass: the fraction of the passes behind the first that run.
@@ -222,9 +220,9 @@ def _choices(size: Size, loads: Loads, spec: JobSpec) -> float:
     """Forwards over the selection split that `compress` chooses structures by, in all rounds; every fold's own."""
     options, target = spec.options, spec.target.fraction if spec.target else 1.0
     layers = isinstance(options, LayersOptions) or (isinstance(options, MixedOptions) and "layers" in options.kinds)
-    gone = size.blocks * min(1.0, (1 - target) * size.parameters / size.block_parameters)
-    first = spec.passes * min(LAYERS_TRIED_FIRST, size.blocks)
-    of_layers = GRID_CANDIDATE * (LAYERS_TRIED * gone + first)
+    of_layers = (
+        LAYERS_TRIED * GRID_CANDIDATE * size.blocks * min(1.0, (1 - target) * size.parameters / size.block_parameters)
+    )
     lists = (len(options.kinds) - layers) if isinstance(options, MixedOptions) else 1 - layers
     tracks = FOLDS + 1 if loads.backwards_a_pass > 1 else 1
     return tracks * CHOSEN_ON * ((of_layers if layers else 0) + spec.passes * (1 + ORDERS * lists))

@@ -4,8 +4,8 @@ One round takes the effects of all structures from one backward and leaves a pla
 test is asked for, since the size must be reached. What first order says of many structures at once is far off, so
 every choice is made by evaluating the model without them:
 
-- layers go one at a time. Those that effects speak for are tried, then those that cost least when they were last
-  tried, and the one without which the loss is least goes;
+- layers go one at a time. Those that effects speak for and those that cost least in the step before are tried, and the
+  one without which the loss is least goes;
 - of neurons and key-value groups every layer loses as many, so that a configuration can say how many are left. Which
   ones, several orders propose, and the one of least loss is taken;
 - tiles in one list over all weights, by the same orders;
@@ -27,9 +27,9 @@ from workers.proposals import plural
 from workers.ranking import CERTAIN, Plan, plan_of
 from workers.structures import Columns, Kind, Unit
 
-# Layers tried in the first step of a round, where effects alone tell them apart, and in the others.
-TRIED_FIRST = 32
-TRIED = 12
+# Layers tried in a step, and so many of them for what they cost in the step before.
+TRIED = 8
+TRIED_AGAIN = 5
 
 Scores = Mapping[str, Tensor]
 """For each unit (n,) of its structures; the highest go first."""
@@ -107,8 +107,7 @@ class ByLayers:
             left = [unit for unit in self.units if unit.layer not in gone]
             if len(left) < 2:
                 return None
-            smaller, tried = self._step(ground, plan, left, cost)
-            cost |= tried
+            smaller, cost = self._step(ground, plan, left, cost)
             if smaller is None:
                 return None
             plan = smaller
@@ -134,15 +133,15 @@ class ByLayers:
         return None, cost
 
     def _promising(self, left: Sequence[Unit], effects: Mapping[str, Tensor], cost: Mapping[str, float]) -> list[Unit]:
-        """Those of least loss when they were last tried. At first, in turn, those whose removal is predicted to lower
-        the loss most and those that are predicted to change it least."""
-        if again := sorted((unit for unit in left if unit.name in cost), key=lambda unit: cost[unit.name]):
-            return again[:TRIED]
-        falls = {unit.name: effects.get(unit.name, torch.zeros(1, 1)) for unit in left}
-        by_fall = sorted(left, key=lambda unit: -float(falls[unit.name].mean()))
-        by_change = sorted(left, key=lambda unit: float(falls[unit.name].abs().mean()))
+        """Those of least loss in the step before; then, in turn, those whose removal is predicted to lower the loss
+        most and those that are predicted to change it least."""
+        again = sorted((unit for unit in left if unit.name in cost), key=lambda unit: cost[unit.name])[:TRIED_AGAIN]
+        reached = [unit for unit in left if unit.name in effects] or list(left)
+        falls = {unit.name: effects[unit.name] if unit.name in effects else torch.zeros(1, 1) for unit in reached}
+        by_fall = sorted(reached, key=lambda unit: -float(falls[unit.name].mean()))
+        by_change = sorted(reached, key=lambda unit: float(falls[unit.name].abs().mean()))
         in_turn = [unit for pair in zip(by_fall, by_change, strict=True) for unit in pair]
-        return list(dict.fromkeys(in_turn))[:TRIED_FIRST]
+        return list(dict.fromkeys([*again, *in_turn]))[:TRIED]
 
 
 class Uniform:
