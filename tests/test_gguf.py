@@ -69,18 +69,27 @@ def test_what_reads_back_as_another_model_is_not_kept(tmp_path: Path) -> None:
     assert not list((tmp_path / "gguf").iterdir())
 
 
-def test_what_cannot_be_written_is_refused_by_name_before_any_work(tiny_models: TinyModels, tmp_path: Path) -> None:
-    with pytest.raises(
-        InvalidInput, match=r"gpt_neox is not written as GGUF here; llama, qwen2, qwen3, gpt2 are"
-    ) as no:
-        Run(
-            tiny_models("gpt_neox"),
-            tmp_path / "out",
-            tmp_path / "cache",
-            examples=tiny.learnable_examples(),
-            gguf="f16",
-        )
+@pytest.mark.parametrize(
+    ("architecture", "fields", "words"),
+    [
+        ("gpt_neox", {}, r"gpt_neox is not written as GGUF here; llama, qwen2, qwen3, gpt2 are"),
+        (
+            "qwen2",
+            {"goal": "compress", "target": {"parameters": 0.9}, "strategy": "heads"},
+            "with fewer heads a Qwen2",
+        ),
+    ],
+)
+def test_a_job_whose_model_cannot_be_written_is_refused_before_any_work(
+    architecture: str, fields: dict[str, Any], words: str, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    folder, rows = tiny_models(architecture), tiny.learnable_examples()
+    with pytest.raises(InvalidInput, match=words) as no:
+        Run(folder, tmp_path / "out", tmp_path / "cache", examples=rows, gguf="f16", **fields)
     assert no.value.param == "gguf"
+
+
+def test_what_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
     folder = tiny.build("llama", tmp_path / "llama")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     split = {"type": "Split", "pattern": {"Regex": "x"}, "behavior": "Isolated", "invert": False}
@@ -108,20 +117,6 @@ def test_sizes_that_transformers_guesses_are_refused(
     folder = tiny.build(architecture, tmp_path / "model", shape=shape)
     with pytest.raises(InvalidInput, match=words) as caught:
         check_gguf(folder)
-    assert caught.value.param == "gguf"
-
-
-def test_fewer_heads_of_a_qwen2_are_refused_before_any_work(tiny_models: TinyModels, tmp_path: Path) -> None:
-    fields: dict[str, Any] = {"goal": "compress", "target": {"parameters": 0.9}, "gguf": "f16"}
-    with pytest.raises(InvalidInput, match="with fewer heads a Qwen2") as caught:
-        Run(
-            tiny_models("qwen2"),
-            tmp_path / "out",
-            tmp_path / "cache",
-            examples=tiny.learnable_examples(),
-            strategy="heads",
-            **fields,
-        )
     assert caught.value.param == "gguf"
 
 

@@ -69,6 +69,10 @@ class Aim:
         """How much of the base a plan leaves, in what is counted."""
         return self.footprint.fraction(plan, self.counted)
 
+    def fits(self, plan: Plan, size: float) -> bool:
+        """Whether a plan leaves no more than that."""
+        return self.left(plan) <= size + CLOSE
+
     def size(self, gone: Plan | None = None) -> float:
         """Of the last round.
 
@@ -157,7 +161,7 @@ class Rounds:
 
     def _fit(self, size: float) -> bool:
         """Whether every track's plan is down to a size."""
-        return all(self.aim.left(track.plan) <= size + CLOSE for track in self.search.all_tracks)
+        return all(self.aim.fits(track.plan, size) for track in self.search.all_tracks)
 
     @staticmethod
     def steps(rounds: int) -> int:
@@ -257,7 +261,7 @@ class _Ground:
 
     def fits(self, plan: Plan) -> bool:
         """Whether a plan is down to the round's size."""
-        return self.left(plan) <= self._size + CLOSE
+        return self._rounds.aim.fits(plan, self._size)
 
     def go_on(self, plan: Plan) -> None:
         """Further plans contain this one."""
