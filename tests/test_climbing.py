@@ -26,7 +26,7 @@ def tried(gains: Sequence[float], begin: int) -> list[int]:
     [
         ([1, 2, 4, 5, 4.5, 4.4, 9], 2, [2, 3, 4, 5]),  # two beyond the best
         ([1, 2, 4, 5, 4.5, 5.5, 5.4], 2, [2, 3, 4, 5, 6]),  # one dip on the way up ends nothing
-        ([1, 2, 4, 5, 2.4, 9], 2, [2, 3, 4]),  # less than half of the best: behind the summit
+        ([1, 2, 4, 5, 3.9, 9], 2, [2, 3, 4]),  # less than four fifths of the best: behind the summit
         ([1, 3, 4, 1], 2, [2, 3, 1]),  # the first is the best: one smaller one shows that
         ([5, 4.5, 4, 1], 2, [2, 3, 1, 0]),  # down as long as it gets better
         ([0.1, -1, -2, 9], 2, [2, 1, 0]),  # the first raises the loss: never to larger ones

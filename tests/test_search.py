@@ -140,7 +140,7 @@ def test_the_first_pass_takes_one_backward_for_all_tracks_and_later_ones_one_a_t
 
 
 def test_every_track_is_what_its_own_examples_alone_would_have_made_it_in_every_pass(planted: Planted) -> None:
-    done, _ = cross_fitted(planted, 40, passes=3)
+    done, _ = cross_fitted(planted, 48, passes=3)
     accepted = [p for p in done.passes if p.accepted]
     assert len(accepted) >= 2
     model, pool = loaded(planted.folder).model, done.pool
@@ -148,7 +148,7 @@ def test_every_track_is_what_its_own_examples_alone_would_have_made_it_in_every_
     judged: list[int] = []
     for track in done.all_tracks:
         assert not set(track.fit) & set(track.judge)
-        assert sorted([*track.fit, *track.judge]) == list(range(40))
+        assert sorted([*track.fit, *track.judge]) == list(range(48))
         judged += track.judge
         plan = Plan()
         for report in accepted:
@@ -167,7 +167,7 @@ def test_every_track_is_what_its_own_examples_alone_would_have_made_it_in_every_
         its = {(name, i) for name, components in track.plan.components.items() for i in components}
         assert len(ours & its) >= 0.9 * len(ours)
         assert len(its) == len(ours)
-    assert sorted(judged) == list(range(40))
+    assert sorted(judged) == list(range(48))
     assert done.result.judge == []
 
 

@@ -30,7 +30,18 @@ from workers.checkpoints import model_check, reload_check, write_adapter, write_
 from workers.compressing import make_chooser
 from workers.drift import NeutralText, encode_neutral, paragraphs
 from workers.evaluation import Outcome, answer_logits, evaluate, honours_tree_mask
-from workers.examples import LOGIT_BUDGET, TOKEN_BUDGET, TOKEN_BUDGET_CUDA, Batch, Encoded, Layout, batches, encode
+from workers.examples import (
+    LOGIT_BUDGET,
+    PADDING_BUDGET,
+    PADDING_BUDGET_CUDA,
+    TOKEN_BUDGET,
+    TOKEN_BUDGET_CUDA,
+    Batch,
+    Encoded,
+    Layout,
+    batches,
+    encode,
+)
 from workers.factoring import add_factored
 from workers.footprint import Footprint
 from workers.latency import Latency
@@ -245,6 +256,7 @@ def layout_for(base: Checkpoint, encoded: Sequence[Encoded]) -> Layout:
     return Layout(
         packed=honours_tree_mask(base.model, encoded),
         tokens=TOKEN_BUDGET_CUDA if weight.is_cuda else TOKEN_BUDGET,
+        padding=PADDING_BUDGET_CUDA if weight.is_cuda else PADDING_BUDGET,
         answers=max(1, LOGIT_BUDGET // weight.shape[0]),
     )
 

@@ -15,7 +15,7 @@ T = TypeVar("T")
 # Sizes tried beyond the best so far before a climb ends: the gain is not always concave in the size.
 PATIENCE = 2
 # What gains less than this part of the best is behind the summit.
-BEHIND = 0.5
+BEHIND = 0.8
 # A climb begins at the size after so many doublings: the best of a pass is rarely smaller.
 BEGIN = 2
 # The second list's best has about this part of the first's size: what is certain and small stands late in it.

@@ -139,6 +139,9 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 # the activations of a small model with many layers outweigh its weights. A GPU wants larger ones (not tried).
 TOKEN_BUDGET = 1024
 TOKEN_BUDGET_CUDA = 8192
+# Where more of a batch would be padding than this, another batch costs less.
+PADDING_BUDGET = 32
+PADDING_BUDGET_CUDA = 1024
 # Elements of one pass's logits, 256 MB of float32: with a large vocabulary these, not the tokens, fill memory.
 LOGIT_BUDGET = 2**26
 
@@ -156,6 +159,8 @@ class Layout:
     """Most tokens in a batch."""
     answers: int = TOKEN_BUDGET
     """Most positions in a batch whose logits are computed."""
+    padding: int = PADDING_BUDGET
+    """Most tokens of padding in a batch."""
     limits: dict[Work, int] = field(default_factory=dict, compare=False)
     """Most tokens of a forward alone and of one with its backward, where memory turned out to hold fewer than
     `tokens`. Lowered by `batching.in_batches`, for all that is done with this layout."""
@@ -214,16 +219,18 @@ def batches(encoded: Sequence[Encoded], layout: Layout) -> Iterator[Batch]:
     """Lay all examples out, the long ones first, each batch within the layout's budgets with padding (or of one
     example, where that alone is over)."""
     pending: list[int] = []
-    rows = width = answers = 0
+    rows = width = answers = filled = 0
     for i in sorted(range(len(encoded)), key=lambda i: (-encoded[i].length, i)):
         own_rows, own_width, more = _size(encoded[i], packed=layout.packed)
         grown = rows + own_rows
         wider = max(width, own_width)
-        if pending and (grown * wider > layout.tokens or answers + more > layout.answers):
+        own_tokens = own_rows * own_width
+        padding = grown * wider - filled - own_tokens
+        if pending and (grown * wider > layout.tokens or answers + more > layout.answers or padding > layout.padding):
             yield _lay_out(encoded, pending, packed=layout.packed)
-            pending, grown, wider, answers = [], own_rows, own_width, 0
+            pending, grown, wider, answers, filled = [], own_rows, own_width, 0, 0
         pending.append(i)
-        rows, width, answers = grown, wider, answers + more
+        rows, width, answers, filled = grown, wider, answers + more, filled + own_tokens
     if pending:
         yield _lay_out(encoded, pending, packed=layout.packed)
 

@@ -40,8 +40,8 @@ from workers.spectrum import Spectrum, decompose
 from workers.structures import Unit
 from workers.targets import Target
 from workers.trials import (
+    NEARLY,
     OUTCOME_FIELDS,
-    SIGNIFICANCE,
     Choice,
     Trial,
     choose_by_accuracy,
@@ -54,7 +54,7 @@ from workers.trials import (
 STRIDE = 5
 FEWEST_JUDGED = 20
 FINALISTS = 5
-# The second of them in any case, if its gain on those is this part of the first's.
+# Where the second's gain on those is this part of the first's, as many examples again tell which is judged on all.
 CLOSE = 0.9
 # Of a pass's search, told as progress: the part that plans of growing size take.
 GROWING_SHARE = 0.6
@@ -294,32 +294,29 @@ class Search:
         on_trial: Callable[[float, str], None],
         refused: list[Proposal],
     ) -> list[Trial]:
-        """Judge single components and plans of growing size, first on a few of the examples, the finalists on all.
-        `refused` gets what is over the bound."""
+        """Judge plans of growing size, and the best of them with single components beside, first on a few of the
+        examples, the finalists on all. `refused` gets what is over the bound."""
         few = self._few(current)
         rest = sorted(set(self.judged) - set(few))
-        on_trial(0.0, f"trying without {len(proposals.singles)} components, each by itself")
-        alone = [self._trial(proposal, few) for proposal in self._allowed(proposals.singles, [])]
-        grown: list[Trial] = []
+        trials: list[Trial] = []
         lists = len(proposals.lists)
         for k, growing in enumerate(proposals.lists):
 
             def on_size(fraction: float, message: str, k: int = k) -> None:
                 on_trial(GROWING_SHARE * (k + fraction) / lists, message)
 
-            best = max(grown, key=lambda trial: trial.gain(current), default=None)
-            earlier = best.proposal.size if best is not None and best.gain(current) > 0 else None
-            grown += self._grow(growing, earlier, few, current, on_size, refused)
-        trials = [*alone, *grown]
+            best = _best(trials, current)
+            trials += self._grow(growing, best.proposal.size if best else None, few, current, on_size, refused)
         contenders = list(trials)
-        helpful = [max(some, key=lambda trial: trial.gain(current)) for some in (alone, grown) if some]
-        if len(helpful) == 2 and all(trial.gain(current) > 0 for trial in helpful):
-            both = joined(helpful[0].proposal, helpful[1].proposal)
-            for proposal in self._allowed([both], []):
-                trials.append(self._trial(proposal, few))
-                # One of two plans that differ by a component is enough to be judged on all examples.
+        for single in proposals.singles:
+            best = _best(contenders, current)
+            proposal = joined(single, best.proposal) if best else single
+            on_trial(GROWING_SHARE, f"trying without {proposal.description}")
+            for allowed in self._allowed([proposal], []):
+                trials.append(self._trial(allowed, few))
                 contenders.append(trials[-1])
-                contenders.remove(min(trials[-1], helpful[1], key=lambda trial: trial.gain(current)))
+                if best:  # one of two plans that differ by a component is enough to be judged on all examples
+                    contenders.remove(min(trials[-1], best, key=lambda trial: trial.gain(current)))
         if rest:
             self._finish(contenders, rest, current, on_trial)
         return trials
@@ -331,26 +328,42 @@ class Search:
         current: Outcome,
         on_trial: Callable[[float, str], None],
     ) -> None:
-        """Judge those that gain most on a few examples on the others as well: the best of them, one that comes close
-        to it, and others as long as none would be accepted. Where two have failed, it was by going too far on too few
-        examples: the next is half as large."""
+        """Judge those that gain most on a few examples on the others as well: the best of them, of two that are close
+        the smaller if the larger is not clearly better, and others as long as none would be accepted. Where two have
+        failed, it was by going too far on too few examples: the next is half as large. So is one that is tried in
+        place of one that costs right answers."""
         gains = {id(trial): trial.gain(current) for trial in trials}  # a trial's own changes with what it is judged on
         left = sorted((t for t in trials if gains[id(t)] > 0), key=lambda t: -gains[id(t)])
-        most = gains[id(left[0])] if left else 0.0
-        accepted = False
+        if len(left) > 1 and gains[id(left[1])] >= CLOSE * gains[id(left[0])]:
+            more = rest[:: 1 + len(rest) // (len(self.judged) - len(rest))]
+            for trial in left[:2]:
+                self._judge_more(trial, more)
+            small, large = sorted(left[:2], key=lambda t: t.proposal.size)
+            left[:2] = (large, small) if large.clearly_better(small, current) else (small, large)
+        least = 0.0
         for k in range(FINALISTS):
-            close = k == 1 and bool(left) and gains[id(left[0])] >= CLOSE * most
-            if not left or (accepted and not close):
+            if not left:
                 break
             trial = left.pop(0)
             done = GROWING_SHARE + (1 - GROWING_SHARE) * k / FINALISTS
             on_trial(done, f"judging {trial.proposal.description} on all examples")
-            at = self.clock.now()
-            trial.outcome = completed(trial.outcome, self._judge(trial.plans, rest))
-            trial.seconds += self.clock.now() - at
-            accepted |= trial.p(current) < SIGNIFICANCE
-            if k and not accepted:
-                left = [other for other in left if 2 * other.proposal.size <= trial.proposal.size]
+            self._judge_more(trial, rest)
+            falls = trial.falls(current)
+            if falls and not trial.suspect(current):
+                break
+            if falls:
+                least = least or NEARLY * gains[id(trial)]
+            if k or least:
+                half = trial.proposal.size / 2
+                left = [t for t in left if t.proposal.size <= half and gains[id(t)] >= least]
+
+    def _judge_more(self, trial: Trial, rows: Sequence[int]) -> None:
+        """Judge a trial on those of the rows that it was not judged on yet."""
+        at = self.clock.now()
+        there = ~np.isnan(trial.outcome.loss)
+        done = {row for row, judged in zip(self.judged, there, strict=True) if judged}
+        trial.outcome = completed(trial.outcome, self._judge(trial.plans, [row for row in rows if row not in done]))
+        trial.seconds += self.clock.now() - at
 
     def _grow(
         self,
@@ -520,6 +533,12 @@ class Search:
                 prefixes.record(subject.objective)
             recorded = self._recorded[id(track)] = (track.plan, prefixes)
         return recorded[1]
+
+
+def _best(trials: Sequence[Trial], current: Outcome) -> Trial | None:
+    """The one that gains most, if any gains."""
+    best = max(trials, key=lambda trial: trial.gain(current), default=None)
+    return best if best is not None and best.gain(current) > 0 else None
 
 
 def _with_refused(reason: str, trials: Sequence[Trial], refused: Sequence[Proposal]) -> str:

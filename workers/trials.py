@@ -18,6 +18,10 @@ from workers.ranking import Plan
 SIGNIFICANCE = 0.05
 # What is returned must not have fewer answers right than the base, at this p. A harm is to be ruled out, not proved.
 HARM = 0.1
+# A candidate that has fewer right than the current model, at this p, gives way to one that has not and gains at least
+# this part as much: harm comes by going too far, and where nothing is to be learnt all plans gain about the same.
+SUSPICION = 0.25
+NEARLY = 0.8
 Rows = npt.NDArray[np.intp]
 OUTCOME_FIELDS = ("loss", "exact", "predicted", "correct")
 
@@ -41,6 +45,25 @@ class Trial:
     def gain(self, current: Outcome) -> float:
         """By how much its mean loss is lower than the current model's, on the examples that it was judged on."""
         return float(np.nanmean(current.loss - self.outcome.loss))
+
+    def clearly_better(self, other: Trial, current: Outcome) -> bool:
+        """Whether its loss is lower by more than the standard error of the difference, on the examples that both were
+        judged on: the rule by which of two models about as good the simpler is taken (Breiman et al., Classification
+        and Regression Trees, 1984)."""
+        with np.errstate(invalid="ignore"):
+            lower = other.outcome.loss - self.outcome.loss
+        lower = lower[~np.isnan(lower)]
+        if not np.isfinite(lower).all() or len(lower) < 2:
+            return self.gain(current) > other.gain(current)
+        return bool(lower.mean() > lower.std(ddof=1) / len(lower) ** 0.5)
+
+    def falls(self, current: Outcome) -> bool:
+        """Whether the loss falls significantly, on all examples."""
+        return self.p(current) < SIGNIFICANCE
+
+    def suspect(self, current: Outcome) -> bool:
+        """Whether fewer answers seem right than the current model's."""
+        return harms(current, self.outcome, SUSPICION)
 
     def p(self, current: Outcome) -> float:
         """Of the paired, one-sided test that the loss falls; 1 where it does not, or not all examples are judged."""
@@ -85,14 +108,19 @@ class Choice:
 
 
 def choose_by_loss(trials: Sequence[Trial], current: Outcome, tracks: int) -> Choice:
-    """The least loss among those judged on all examples whose fall is significant, for all tracks."""
+    """The least loss among those judged on all examples whose fall is significant, for all tracks; in place of one
+    that costs right answers one that gains nearly as much and does not."""
 
     def merit(trial: Trial) -> tuple[bool, bool, float]:
-        return trial.complete, trial.p(current) < SIGNIFICANCE, trial.gain(current)
+        return trial.complete, trial.falls(current), trial.gain(current)
 
     best = max(trials, key=merit, default=None)
+    if best is not None and best.falls(current) and best.suspect(current):
+        least = NEARLY * best.gain(current)
+        safe = [t for t in trials if t.falls(current) and t.gain(current) >= least and not t.suspect(current)]
+        best = max(safe, key=merit, default=best)
     p = 1.0 if best is None else best.p(current)
-    if best is not None and p < SIGNIFICANCE:
+    if best is not None and best.falls(current):
         reason = f"removing {best.proposal.description} lowered the selection loss (p = {p:.2g})"
         return Choice([best] * tracks, best.outcome, p, reason)
     if best is None:
@@ -104,12 +132,13 @@ def choose_by_loss(trials: Sequence[Trial], current: Outcome, tracks: int) -> Ch
     return Choice([None] * tracks, current, p, reason)
 
 
-def harms(base: Outcome, other: Outcome) -> bool:
-    """Whether fewer answers are right, over the choices or to the letter, by a one-sided McNemar test."""
+def harms(base: Outcome, other: Outcome, at: float = HARM) -> bool:
+    """Whether fewer answers are right, over the choices or to the letter, by a one-sided McNemar test with a p below
+    `at`."""
     closed = ~np.isnan(base.correct)
     for before, after in ((base.exact, other.exact), (base.correct[closed], other.correct[closed])):
         gained, lost = changes(before, after)
-        if lost > gained and mcnemar_p(gained, lost) / 2 < HARM:
+        if lost > gained and mcnemar_p(gained, lost) / 2 < at:
             return True
     return False
 

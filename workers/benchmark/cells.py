@@ -66,6 +66,8 @@ class Encodings:
     gradient: list[Encoded]
     selection: list[Encoded]
     test: list[Encoded]
+    test_lines: list[int]
+    """Where the test split's rows stand in the task's file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +112,7 @@ def encode_split(bench: Bench, split: Split) -> Encodings:
         )
     except InvalidInput as error:
         raise jsonl.locate(error, split.files) from None
-    return Encodings(gradient, selection, test)
+    return Encodings(gradient, selection, test, split.files["test"].lines)
 
 
 def prepare(bench: Bench, task: str, seed: int, rows: Encodings, fb_seconds: float | None = None) -> Cell:

@@ -22,6 +22,16 @@ from service.strict import Strict
 T = TypeVar("T")
 
 
+class Lines(Strict):
+    """Test rows that the method has right and the base wrong, and the other way round, in the metric and in exact
+    match: their lines in the task's file."""
+
+    gained: list[int]
+    lost: list[int]
+    exact_gained: list[int]
+    exact_lost: list[int]
+
+
 class Row(Strict):
     """One method on one task with one seed. Figures are of the test split; `accuracy` is over the choices, null
     where no example has any. The metric below is accuracy, of an open task exact match."""
@@ -65,6 +75,8 @@ class Row(Strict):
     exact_lost: int
     """The same in exact match."""
     exact_p: float
+    lines: Lines | None = None
+    """Which rows those are."""
     test_seconds: float
     """To evaluate the test split."""
     tried: int | None = None

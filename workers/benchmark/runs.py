@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from scipy import stats
 
@@ -20,7 +21,7 @@ from service.models import Model
 from workers.benchmark.cells import OBJECTIVE, Bench, Cell, Encodings, encode_split, prepare
 from workers.benchmark.methods import Measured, measure, units
 from workers.benchmark.plots import write_plots
-from workers.benchmark.records import Records, Row, Run
+from workers.benchmark.records import Lines, Records, Row, Run
 from workers.benchmark.tables import write_tables
 from workers.benchmark.tasks import Sizes, Split, Task, split
 from workers.evaluation import Array, Outcome, changes, mcnemar_p, metrics
@@ -187,6 +188,7 @@ def make_row(cell: Cell, method: str, measured: Measured) -> Row:
         exact_gained=exact_gained,
         exact_lost=exact_lost,
         exact_p=mcnemar_p(exact_gained, exact_lost),
+        lines=_changed_lines(cell, measured.outcome),
         test_seconds=measured.test_seconds,
         tried=measured.tried,
         tried_of=measured.tried_of,
@@ -203,8 +205,25 @@ def make_row(cell: Cell, method: str, measured: Measured) -> Row:
 
 def _hits(outcome: Outcome) -> Array:
     """0 or 1 in the metric: over the rows with choices, or exact match where none has any."""
+    return outcome.right[_counted(outcome)]
+
+
+def _counted(outcome: Outcome) -> npt.NDArray[np.bool_]:
+    """The rows that the metric is over."""
     closed = ~np.isnan(outcome.correct)
-    return outcome.correct[closed] if closed.any() else outcome.exact
+    return closed if closed.any() else ~closed
+
+
+def _changed_lines(cell: Cell, outcome: Outcome) -> Lines:
+    """Where the rows stand in the task's file that the model has right and the base wrong, and the other way round."""
+    lines, counted = np.array(cell.rows.test_lines), _counted(outcome)
+    change, exact_change = outcome.right - cell.base.right, outcome.exact - cell.base.exact
+    return Lines(
+        gained=lines[counted & (change > 0)].tolist(),
+        lost=lines[counted & (change < 0)].tolist(),
+        exact_gained=lines[exact_change > 0].tolist(),
+        exact_lost=lines[exact_change < 0].tolist(),
+    )
 
 
 def _line(row: Row) -> str:
