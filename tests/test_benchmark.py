@@ -33,6 +33,7 @@ from workers.benchmark import fewshot, lora, methods, structures
 from workers.benchmark.cells import OBJECTIVE, Bench, Cell, encode_split, prepare
 from workers.benchmark.methods import components, majority
 from workers.benchmark.plots import write_plots
+from workers.benchmark.pooling import pooled
 from workers.benchmark.records import CandidateRow, Records, Row, Run
 from workers.benchmark.runs import make_row
 from workers.benchmark.tables import render, summarise
@@ -147,6 +148,12 @@ def test_the_planted_component_is_found_and_the_row_says_so(finished: Path) -> N
     assert one.p < 0.01
     assert one.gained - one.lost == round((one.accuracy - base.accuracy) * one.n)
     assert one.p == pytest.approx(stats.binomtest(one.gained, one.gained + one.lost).pvalue)
+    assert one.lines is not None
+    assert (len(one.lines.gained), len(one.lines.lost)) == (one.gained, one.lost)
+    assert (len(one.lines.exact_gained), len(one.lines.exact_lost)) == (one.exact_gained, one.exact_lost)
+    assert not set(one.lines.gained) & set(one.lines.lost)
+    assert base.lines is not None
+    assert not base.lines.gained
     assert one.components
     assert one.parameters_touched > 0
     assert one.bytes > 4 * one.parameters_touched
@@ -511,6 +518,24 @@ def test_the_summary_s_numbers_are_those_computed_by_hand() -> None:
     interval = stats.binomtest(46 + 57, 200).proportion_ci(method="wilson")
     assert f"{interval.low:.3f} to {interval.high:.3f}" in text
     assert "0.400°" in text
+
+
+def test_a_row_that_several_seeds_test_counts_once_in_what_is_significant() -> None:
+    def lines(gained: list[int], lost: list[int]) -> dict[str, list[int]]:
+        return {"gained": gained, "lost": lost, "exact_gained": [], "exact_lost": lost}
+
+    first = row("a", "components:1", 0, 0.5, 1, 5, lines=lines([1], [2, 3, 4, 5, 6]))
+    again = row("a", "components:1", 1, 0.5, 2, 4, lines=lines([1, 2], [3, 4, 5, 6]))
+    third = row("a", "components:1", 2, 0.5, 0, 2, lines=lines([], [2, 7]))
+    assert pooled([first, again]) == (1, 4)  # of line 2 one says this, one that
+    assert pooled([first, again], exact=True) == (0, 5)
+    assert pooled([first, again, third]) == (1, 6)
+    unknown = row("a", "components:1", 2, 0.5, 3, 4, exact_gained=6)
+    assert pooled([first, again, unknown]) == (4, 8)
+    assert pooled([first, again, unknown], exact=True) == (6, 5)
+    # Five lost and none gained are p = .062; twice as many would be p = .002.
+    twice = [row("a", "components:1", seed, 0.5, 0, 5, lines=lines([], [1, 2, 3, 4, 5])) for seed in (0, 1)]
+    assert summarise([row("a", "base", 0, 0.6, 0, 0), *twice])[1].worse == 0
 
 
 def test_a_sampled_method_says_what_all_its_candidates_would_take() -> None:

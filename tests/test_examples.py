@@ -292,6 +292,14 @@ def test_batches_keep_their_budgets_unless_one_example_alone_is_over() -> None:
         assert max(sizes) > 1
 
 
+def test_a_long_example_is_not_in_a_batch_with_many_short_ones() -> None:
+    examples = [Encoded((1,) * n, ((2,),), 0, ("",)) for n in (90, 88, 30, 30, 29, 10, 10)]
+    found = list(batches(examples, Layout(packed=True, padding=4)))
+    assert [batch.examples for batch in found] == [[0, 1], [2, 3, 4], [5, 6]]
+    assert sum(batch.input_ids.numel() for batch in found) == 90 * 2 + 30 * 3 + 10 * 2
+    assert len(list(batches(examples, Layout(packed=True, padding=1000)))) == 1
+
+
 def test_a_packed_row_holds_each_shared_beginning_once() -> None:
     choices = ((1, 2, 3), (1, 2, 4), (1, 5, 6), (7,))
     example = Encoded((9, 9), choices, 0, tuple(map(str, choices)))

@@ -304,6 +304,34 @@ def test_what_fails_on_all_examples_is_followed_by_what_is_half_as_large(planted
     assert len(tried) < len(others)
 
 
+def test_the_smaller_of_two_close_ones_is_judged_on_all_unless_the_larger_is_clearly_better(
+    planted: Planted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = encoded(planted.folder, planted.examples[:100])
+    track = Track(list(range(40)), list(range(40, 100)))
+    found = Search(subject(planted.folder), pool, [track], track)
+    current = found._judge([Plan()], found.judged)
+    few, rest = list(range(40, 52)), list(range(52, 100))
+
+    def trial(size: int) -> Trial:
+        plan = Plan({planted.module: tuple(range(size))})
+        proposal = Proposal(f"{size} components", size, None, lambda track: plan)
+        return Trial(proposal, [plan], found._judge([plan], few), 0.0)
+
+    small, large, other = trial(1), trial(2), trial(12)
+    gains = {1: small.gain(current), 2: large.gain(current)}
+    assert min(gains.values()) > max(0.9 * max(gains.values()), other.gain(current))
+    for better in (True, False):
+        small, large, other = trial(1), trial(2), trial(12)
+        monkeypatch.setattr(Trial, "clearly_better", lambda self, than, current, better=better: better)
+        found._finish([small, large, other], rest, current, lambda *step: None)
+        assert (large.complete, small.complete) == (better, not better)
+        # The other is judged on as many examples again.
+        behind = small if better else large
+        assert int((~np.isnan(behind.outcome.loss)).sum()) in (24, 25)
+        assert int((~np.isnan(other.outcome.loss)).sum()) == 12
+
+
 def outcome_of(correct: Sequence[float], exact: Sequence[float]) -> Outcome:
     N = len(correct)
     return Outcome(np.ones(N), np.array(exact), np.zeros(N, dtype=np.int64), np.array(correct))

@@ -95,3 +95,34 @@ def test_by_loss_a_sure_fall_is_taken_before_a_larger_one_that_may_be_chance() -
         kept = choose_by_loss(order, current, 1).kept
         assert kept is sure
     assert choose_by_loss([wild, unfinished], current, 1).kept is None
+
+
+def test_by_loss_what_costs_right_answers_gives_way_to_what_gains_nearly_as_much() -> None:
+    current = outcome([1] * 6 + [0] * 6, [5.0] * 12)
+    costly = trial("costly", outcome([0] * 3 + [1] * 3 + [0] * 6, [1.0, 1.1] * 6))
+    safe = trial("safe", outcome([1] * 6 + [0] * 6, [1.6, 1.5] * 6))
+    small = trial("small", outcome([1] * 12, [3.0, 3.1] * 6))
+    assert costly.suspect(current)
+    assert not safe.suspect(current)
+    assert choose_by_loss([costly, safe], current, 1).kept is safe
+    # Two of five in the loss for three answers of twelve, which may be chance, is too much.
+    assert choose_by_loss([costly, small], current, 1).kept is costly
+    assert choose_by_loss([costly, small, safe], current, 1).kept is safe
+
+
+def test_of_two_that_are_about_as_good_neither_is_clearly_better() -> None:
+    noise = np.array([0.3, -0.3, 0.2, -0.2, 0.4, -0.4, 0.1, -0.1])
+    current = outcome([0] * 8, [5.0] * 8)
+    one = trial("one", outcome([0] * 8, list(2.0 + noise)))
+    about = trial("about", outcome([0] * 8, list(1.98 - noise)))
+    better = trial("better", outcome([0] * 8, list(1.7 + noise)))
+    assert not about.clearly_better(one, current)
+    assert not one.clearly_better(about, current)
+    assert better.clearly_better(one, current)
+    assert not one.clearly_better(better, current)
+    broken = trial("broken", outcome([0] * 8, [*(1.0 + noise[:7]), math.inf]))
+    assert one.clearly_better(broken, current)
+    assert not broken.clearly_better(one, current)
+    # Compared on what both were judged on: with a part of the losses missing.
+    part = trial("part", outcome([0] * 8, [*(2.3 + noise[:4]), *[math.nan] * 4]))
+    assert one.clearly_better(part, current)
