@@ -54,7 +54,7 @@ from workers.trials import (
 STRIDE = 5
 FEWEST_JUDGED = 20
 FINALISTS = 5
-# Where the second's gain on those is this part of the first's, as many examples again tell which is judged on all.
+# Where the second's gain on those is this part of the first's, every fifth of the others tells which is judged on all.
 CLOSE = 0.9
 # Of a pass's search, told as progress: the part that plans of growing size take.
 GROWING_SHARE = 0.6
@@ -335,9 +335,8 @@ class Search:
         gains = {id(trial): trial.gain(current) for trial in trials}  # a trial's own changes with what it is judged on
         left = sorted((t for t in trials if gains[id(t)] > 0), key=lambda t: -gains[id(t)])
         if len(left) > 1 and gains[id(left[1])] >= CLOSE * gains[id(left[0])]:
-            more = rest[:: 1 + len(rest) // (len(self.judged) - len(rest))]
             for trial in left[:2]:
-                self._judge_more(trial, more)
+                self._judge_more(trial, rest[::STRIDE])
             small, large = sorted(left[:2], key=lambda t: t.proposal.size)
             left[:2] = (large, small) if large.clearly_better(small, current) else (small, large)
         least = 0.0
