@@ -24,13 +24,15 @@ from workers.pruning import applied
 from workers.ranking import Plan, rank
 from workers.search import Search, Subject, Track
 from workers.splits import divide
-from workers.trials import Trial
+from workers.trials import Trial, choose_by_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TinyModels = Callable[..., Path]
 PACKED = Layout(packed=True)
 Steps = list[tuple[Stage, int, float]]
+# Of plans by their sizes: by how much they lower the loss.
+GAINS = {8: 3.0, 6: 2.6, 4: 2.5, 2: 2.45, 1: 1.0}
 
 
 def subject(folder: Path, objective: Objective = Objective.BOTH) -> Subject:
@@ -330,6 +332,39 @@ def test_the_smaller_of_two_close_ones_is_judged_on_all_unless_the_larger_is_cle
         behind = small if better else large
         assert int((~np.isnan(behind.outcome.loss)).sum()) == 12 + 10
         assert int((~np.isnan(other.outcome.loss)).sum()) == 12
+
+
+@pytest.mark.parametrize(
+    ("suspects", "judged", "taken"), [({8}, {8, 4}, 4), ({8, 4}, {8, 4, 2}, 2), ({8, 4, 2}, {8, 4, 2}, 8), ((), {8}, 8)]
+)
+def test_what_costs_right_answers_is_followed_by_what_is_half_as_large_and_gains_nearly_as_much(
+    suspects: Sequence[int], judged: set[int], taken: int, planted: Planted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    track = Track([0], list(range(1, 21)))
+    found = Search(subject(planted.folder), [], [track], track)
+
+    def outcome(loss: float, right: int) -> Outcome:
+        correct = np.array([1.0] * right + [0.0] * (20 - right))
+        return Outcome(loss * np.tile([1.1, 0.9], 10), np.zeros(20), np.zeros(20, dtype=np.int64), correct)
+
+    current = outcome(5.0, 10)
+    whole = {n: outcome(5.0 - gain, 5 if n in suspects else 10) for n, gain in GAINS.items()}
+
+    def trial(n: int) -> Trial:
+        few = Outcome(*(np.where(np.arange(20) < 4, values, np.nan) for values in vars(whole[n]).values()))
+        return Trial(Proposal(f"{n} components", n, None, lambda track: Plan()), [Plan()], few, 0.0)
+
+    def judge(trial: Trial, rows: Sequence[int]) -> None:
+        assert len(rows) == 16  # none is close to the largest
+        trial.outcome = whole[trial.proposal.size]
+
+    monkeypatch.setattr(found, "_judge_more", judge)
+    trials = [trial(n) for n in GAINS]
+    found._finish(trials, list(range(5, 21)), current, lambda *step: None)
+    assert {t.proposal.size for t in trials if t.complete} == judged
+    kept = choose_by_loss(trials, current, 1).kept
+    assert kept is not None
+    assert kept.proposal.size == taken
 
 
 def outcome_of(correct: Sequence[float], exact: Sequence[float]) -> Outcome:
