@@ -42,8 +42,9 @@ from workers.cli import bench
 from workers.evaluation import evaluate
 from workers.offline import OFFLINE
 from workers.pruning import applied
-from workers.search import Search, Track
+from workers.search import Search
 from workers.strategies import make_search
+from workers.subject import Track
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -20,7 +20,7 @@ from workers.evaluation import Outcome, answer_logits, evaluate
 from workers.examples import Encoded, Layout, batches
 from workers.pruning import applied
 from workers.ranking import Plan
-from workers.search import Subject
+from workers.subject import Subject
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

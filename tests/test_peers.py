@@ -23,9 +23,10 @@ from workers.examples import Layout
 from workers.gradients import effects
 from workers.laser import Laser
 from workers.ranking import Plan
-from workers.search import Search, Subject, Track
+from workers.search import Search
 from workers.splits import divide
 from workers.strategies import dictionary, make_search
+from workers.subject import Subject, Track
 from workers.targets import Target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -258,7 +259,7 @@ def test_another_pass_of_c2i_leaves_reduced_matrices_alone(planted: Planted) -> 
 
 def test_the_same_samples_are_those_of_the_gradient(planted: Planted) -> None:
     search = searched(planted, C2IOptions(matrices=1, row_blocks=(1,), same_samples=True))
-    assert search.judged == list(range(GRADIENT))
+    assert search.jury.rows == list(range(GRADIENT))
     found = evaluate(loaded(planted.folder).model, search.pool[:GRADIENT], Objective.BOTH, PACKED)
     np.testing.assert_allclose(search.outcomes[0].loss, found.loss, atol=2e-5)
 
@@ -278,7 +279,7 @@ def test_cross_fitted_every_track_has_its_own_and_the_result_the_best_of_all(
     assert report.chosen == search.result.plan.size
     for track in search.tracks:
         assert len({name.partition("[")[0] for name in track.plan.components}) <= 1
-        found = search._evaluate(track, track.plan, track.judge)
+        found = search.jury.evaluate(track, track.plan, track.judge)
         np.testing.assert_allclose(search.outcomes[-1].loss[track.judge], found.loss, atol=2e-5)
     assert all(candidate.examples == 16 for candidate in report.candidates)
 

@@ -19,20 +19,18 @@ from tests.test_pruning import same_bits
 from workers.evaluation import Outcome, evaluate
 from workers.examples import Encoded, Layout
 from workers.gradients import effects
-from workers.proposals import Components, Proposal
+from workers.proposals import Components
 from workers.pruning import applied
 from workers.ranking import Plan, rank
-from workers.search import Search, Subject, Track
+from workers.search import Search
 from workers.splits import divide
-from workers.trials import Trial, choose_by_loss
+from workers.subject import Subject, Track
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TinyModels = Callable[..., Path]
 PACKED = Layout(packed=True)
 Steps = list[tuple[Stage, int, float]]
-# Of plans by their sizes: by how much they lower the loss.
-GAINS = {8: 3.0, 6: 2.6, 4: 2.5, 2: 2.45, 1: 1.0}
 
 
 def subject(folder: Path, objective: Objective = Objective.BOTH) -> Subject:
@@ -255,116 +253,6 @@ def test_a_component_in_doubt_is_tried_by_itself_and_in_no_list() -> None:
     believed = Components().propose([ranking], [Plan()], loss=5.0)
     assert not believed.singles
     assert [p.addition(0) for p in believed.lists[0].candidates] == [Plan({"m": (0, 1, 2)})]
-
-
-def test_the_few_examples_have_every_label_s_share_and_both_ends_of_the_loss(planted: Planted) -> None:
-    # Sorted by label, as files often are, so that every fifth example of the file may be of one label.
-    examples = sorted(planted.examples[:100], key=lambda example: example.completion)
-    pool = encoded(planted.folder, [*planted.examples[:8], *examples])
-    track = Track(list(range(8)), list(range(8, 108)))
-    found = Search(subject(planted.folder), pool, [track], track)
-    loss = np.random.default_rng(1).permutation(100.0 + np.arange(100))
-    few = found._few(Outcome(loss, loss, loss, loss))
-    assert len(few) == 20
-    labels = [pool[row].labels[pool[row].gold] for row in range(8, 108)]
-    for label in set(labels):
-        mine = [row for row in few if labels[row - 8] == label]
-        assert abs(len(mine) - labels.count(label) / 5) <= 1
-        own = sorted(loss[k] for k in range(100) if labels[k] == label)
-        third = len(own) // 3
-        assert min(loss[row - 8] for row in mine) < own[third]
-        assert max(loss[row - 8] for row in mine) > own[-third]
-
-
-def test_what_fails_on_all_examples_is_followed_by_what_is_half_as_large(planted: Planted) -> None:
-    # On the few the planted component spoils the answer; on the others it is the answer.
-    wrong = [example.model_copy(update={"completion": SPOILER}) for example in planted.examples[72:]]
-    pool = encoded(planted.folder, [*planted.examples[:72], *wrong])
-    track = Track(list(range(60)), list(range(60, 120)))
-    found = Search(subject(planted.folder), pool, [track], track)
-    current = found._judge([Plan()], found.judged)
-    few, rest = list(range(60, 72)), list(range(72, 120))
-
-    def trial(size: int) -> Trial:
-        plan = Plan({planted.module: tuple(range(size))})
-        proposal = Proposal(f"{size} components", size, None, lambda track: plan)
-        return Trial(proposal, [plan], found._judge([plan], few), 0.0)
-
-    trials = [trial(size) for size in (1, 2, 3, 4, 6, 8, 12)]
-    first, second, *others = sorted(trials, key=lambda trial: -trial.gain(current))
-    assert others[-1].gain(current) > 0
-    found._finish(trials, rest, current, lambda *step: None)
-    assert first.complete
-    assert second.complete
-    tried: list[Trial] = []
-    most = second.proposal.size / 2
-    for other in others:
-        if other.proposal.size <= most and len(tried) < 3:
-            tried.append(other)
-            most = other.proposal.size / 2
-    assert [t for t in others if t.complete] == tried
-    assert len(tried) < len(others)
-
-
-def test_the_smaller_of_two_close_ones_is_judged_on_all_unless_the_larger_is_clearly_better(
-    planted: Planted, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pool = encoded(planted.folder, planted.examples[:100])
-    track = Track(list(range(40)), list(range(40, 100)))
-    found = Search(subject(planted.folder), pool, [track], track)
-    current = found._judge([Plan()], found.judged)
-    few, rest = list(range(40, 52)), list(range(52, 100))
-
-    def trial(size: int) -> Trial:
-        plan = Plan({planted.module: tuple(range(size))})
-        proposal = Proposal(f"{size} components", size, None, lambda track: plan)
-        return Trial(proposal, [plan], found._judge([plan], few), 0.0)
-
-    small, large, other = trial(1), trial(2), trial(12)
-    gains = {1: small.gain(current), 2: large.gain(current)}
-    assert min(gains.values()) > max(0.9 * max(gains.values()), other.gain(current))
-    for better in (True, False):
-        small, large, other = trial(1), trial(2), trial(12)
-        monkeypatch.setattr(Trial, "clearly_better", lambda self, than, current, better=better: better)
-        found._finish([small, large, other], rest, current, lambda *step: None)
-        assert (large.complete, small.complete) == (better, not better)
-        # The other is judged on every fifth of the rest.
-        behind = small if better else large
-        assert int((~np.isnan(behind.outcome.loss)).sum()) == 12 + 10
-        assert int((~np.isnan(other.outcome.loss)).sum()) == 12
-
-
-@pytest.mark.parametrize(
-    ("suspects", "judged", "taken"), [({8}, {8, 4}, 4), ({8, 4}, {8, 4, 2}, 2), ({8, 4, 2}, {8, 4, 2}, 8), ((), {8}, 8)]
-)
-def test_what_costs_right_answers_is_followed_by_what_is_half_as_large_and_gains_nearly_as_much(
-    suspects: Sequence[int], judged: set[int], taken: int, planted: Planted, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    track = Track([0], list(range(1, 21)))
-    found = Search(subject(planted.folder), [], [track], track)
-
-    def outcome(loss: float, right: int) -> Outcome:
-        correct = np.array([1.0] * right + [0.0] * (20 - right))
-        return Outcome(loss * np.tile([1.1, 0.9], 10), np.zeros(20), np.zeros(20, dtype=np.int64), correct)
-
-    current = outcome(5.0, 10)
-    whole = {n: outcome(5.0 - gain, 5 if n in suspects else 10) for n, gain in GAINS.items()}
-
-    def trial(n: int) -> Trial:
-        few = Outcome(*(np.where(np.arange(20) < 4, values, np.nan) for values in vars(whole[n]).values()))
-        return Trial(Proposal(f"{n} components", n, None, lambda track: Plan()), [Plan()], few, 0.0)
-
-    def judge(trial: Trial, rows: Sequence[int]) -> None:
-        assert len(rows) == 16  # none is close to the largest
-        trial.outcome = whole[trial.proposal.size]
-
-    monkeypatch.setattr(found, "_judge_more", judge)
-    trials = [trial(n) for n in GAINS]
-    found._finish(trials, list(range(5, 21)), current, lambda *step: None)
-    assert {t.proposal.size for t in trials if t.complete} == judged
-    kept = choose_by_loss(trials, current, 1).kept
-    assert kept is not None
-    assert kept.proposal.size == taken
 
 
 def outcome_of(correct: Sequence[float], exact: Sequence[float]) -> Outcome:

@@ -54,12 +54,13 @@ from workers.ranking import Plan
 from workers.reporting import Findings, Tested, make_report
 from workers.rounding import applied_unrounded
 from workers.rounds import Aim, Rounds, check_compressed
-from workers.search import Search, Subject, check_finite
+from workers.search import Search, check_finite
 from workers.spectrum import Spectrum, SpectrumCache
 from workers.speed import weight_bytes
 from workers.splits import Splits, divide
 from workers.strategies import dictionary, make_search, structures
 from workers.structures import Unit
+from workers.subject import Subject
 from workers.targets import Target, find_targets
 from workers.verdict import Verdict, judge, judge_compressed
 
@@ -116,12 +117,12 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
         spec.seed,
     )
     if spec.max_drift is not None:
-        search.bound = DriftBound(lambda plan: neutral.drift(plan, search.subject), spec.max_drift)
+        search.jury.bound = DriftBound(lambda plan: neutral.drift(plan, search.subject), spec.max_drift)
     rounds = Rounds(search, aim, size) if aim else None
     (rounds or search).run(spec.passes, progress.within_pass)
     subject = search.subject
     # A strategy may select on the examples that it ranks by.
-    splits = replace(splits, sizes=splits.sizes.model_copy(update={"selection": len(search.judged)}))
+    splits = replace(splits, sizes=splits.sizes.model_copy(update={"selection": len(search.jury.rows)}))
     if len(search.unreached) == len(spectra) + len(units):
         raise UnusableModel("no gradient reached any of the model's weights", param="model")
 
@@ -296,8 +297,8 @@ def _changed(
     if splits.test:
         examples, plans = splits.test, [plan] * len(splits.test)
     else:
-        examples = [splits.pool[row] for row in search.judged]
-        plans = [search.judging_plan(last, row) for row in search.judged]
+        examples = [splits.pool[row] for row in search.jury.rows]
+        plans = [search.judging_plan(last, row) for row in search.jury.rows]
     return changed_examples(subject, base.tokenizer, examples, plans, tested[0].outcome, tested[last].outcome)
 
 

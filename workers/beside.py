@@ -23,9 +23,9 @@ from workers.loading import Checkpoint
 from workers.memory import is_out_of_memory
 from workers.progress import Progress
 from workers.ranking import Plan
-from workers.search import Subject
 from workers.speed import measure, weight_bytes
 from workers.splits import Splits
+from workers.subject import Subject
 
 logger = named(__name__)
 

@@ -19,7 +19,7 @@ from workers.batching import in_batches
 from workers.evaluation import Outcome, answer_logits
 from workers.examples import Batch, Encoded, Tokenizer
 from workers.ranking import Plan
-from workers.search import Subject
+from workers.subject import Subject
 
 SHOWN = 10
 # Greedy decoding goes this many tokens beyond the length of the right answer, and no further than the second.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from workers.evaluation import answer_logits
 from workers.examples import Batch, Encoded, Tokenizer, batches, special_prefix
 from workers.ranking import Plan
-from workers.search import Subject
+from workers.subject import Subject
 
 PARAGRAPH_TOKENS = 64
 BATCH_TOKENS = 256

@@ -30,9 +30,9 @@ from service.reports import Quantized
 from workers.evaluation import Outcome, answer_logits, differences, evaluate, metrics
 from workers.examples import Encoded, batches
 from workers.loading import FOLDER_ONLY
-from workers.search import Subject
 from workers.shards import copy_files
 from workers.speed import weight_bytes
+from workers.subject import Subject
 from workers.verdict import WORDS
 
 LIBRARIES = {Quantize.INT8: "torchao", Quantize.INT4: "bitsandbytes"}

@@ -34,8 +34,9 @@ from workers.cuts import useless
 from workers.evaluation import Outcome, changes, differences, metrics
 from workers.pruning import cleared
 from workers.ranking import Plan
-from workers.search import Search, Subject
+from workers.search import Search
 from workers.splits import Splits
+from workers.subject import Subject
 from workers.targets import Target, find_targets
 from workers.verdict import Verdict
 
@@ -82,7 +83,7 @@ class Findings:
 
 def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Report:
     """The report of one adaptation."""
-    tested = found.splits.test or [found.splits.pool[row] for row in found.search.judged]
+    tested = found.splits.test or [found.splits.pool[row] for row in found.search.jury.rows]
     base = found.base.outcome
     # JSON has no infinity, and a broken model no differences.
     first = found.first if found.first and not found.first.outcome.broken else None

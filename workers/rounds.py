@@ -36,8 +36,9 @@ from workers.latency import Latency, probe
 from workers.prefixes import Prefixes
 from workers.proposals import plural
 from workers.ranking import Plan
-from workers.search import OnStep, Search, Track
+from workers.search import OnStep, Search
 from workers.structures import Kind, Unit
+from workers.subject import Track
 
 # Passes of components in the last round, if each of them helps: as many as a job that improves may make.
 LAST_PASSES = 8

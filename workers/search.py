@@ -13,92 +13,30 @@ effects are per example.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
-from torch import Tensor, nn
-
 from service.errors import UnusableModel
-from service.jobs import Objective, Stage
+from service.jobs import Stage
 from service.reports import Candidate, PassReport
 from workers.bounds import DriftBound
-from workers.climbing import beginning, climb
-from workers.evaluation import Outcome, evaluate, paired_p
-from workers.examples import Encoded, Layout
+from workers.evaluation import Outcome, paired_p
+from workers.examples import Encoded
 from workers.gradients import Effects, effects
-from workers.prefixes import Prefixes
+from workers.jury import Jury
+from workers.nested import NestedRound
 from workers.progress import Clock
-from workers.proposals import Components, Growing, Proposal, Proposals, Proposer, joined
-from workers.pruning import applied
+from workers.proposals import Components, Proposal, Proposals, Proposer
 from workers.ranking import Plan
-from workers.spectrum import Spectrum, decompose
 from workers.structures import Unit
+from workers.subject import Subject, Track
 from workers.targets import Target
-from workers.trials import (
-    NEARLY,
-    OUTCOME_FIELDS,
-    Choice,
-    Trial,
-    choose_by_accuracy,
-    choose_by_loss,
-    completed,
-    harms,
-)
+from workers.trials import Choice, Trial, choose_by_accuracy, choose_by_loss, harms
 
-# Candidates are first judged on every fifth example, if that leaves this many, and at most so many on all.
-STRIDE = 5
-FEWEST_JUDGED = 20
-FINALISTS = 5
-# Where the second's gain on those is this part of the first's, every fifth of the others tells which is judged on all.
-CLOSE = 0.9
-# Of a pass's search, told as progress: the part that plans of growing size take.
-GROWING_SHARE = 0.6
 # A pass that still lowered the loss by this fraction suggests that another would pay.
 STILL_FALLING = 0.02
-
-
-@dataclass(frozen=True, eq=False)
-class Subject:
-    """The model under adaptation with what does not change: its targets and their components."""
-
-    model: nn.Module
-    targets: Sequence[Target]
-    spectra: Mapping[str, Spectrum]
-    objective: Objective
-    layout: Layout
-    decompose: Callable[[Tensor], Spectrum] = decompose
-    """How more weights are decomposed, row blocks say: from a cache, where there is one."""
-    units: Sequence[Unit] = ()
-    """Structures beside components."""
-
-    def without(self, plan: Plan) -> AbstractContextManager[None]:
-        """The model with what the plan removes gone, for the length of the context."""
-        return applied(self.targets, self.spectra, plan, self.units)
-
-    def with_targets(self, more: Sequence[Target]) -> Subject:
-        """The same model with more targets, decomposed."""
-        new = [target for target in more if target.name not in self.spectra]
-        spectra = {target.name: self.decompose(target.weight) for target in new}
-        return replace(self, targets=[*self.targets, *new], spectra={**self.spectra, **spectra})
-
-    @property
-    def dtype(self) -> str:
-        """`float32`, as configurations spell it."""
-        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
-
-
-@dataclass
-class Track:
-    """One way through the passes. Rows are indices into the pool of encoded examples."""
-
-    fit: list[int]
-    judge: list[int]
-    plan: Plan = field(default_factory=Plan)
 
 
 class OnStep(Protocol):
@@ -132,20 +70,16 @@ class Search:
             proposer: the strategy, `Components` if none is given; `workers.strategies` makes it from a job's options.
             bound: that no accepted plan exceeds; None for none.
         """
-        self.subject = subject
-        """With the row blocks that the strategy looked into, once it has."""
         self.ranked_targets = [target for target in subject.targets if target.name in subject.spectra]
         """Those that effects are taken of."""
         self.ranked_units = subject.units
         """And those."""
         self.proposer = Components() if proposer is None else proposer
-        self.bound = bound
-        self.pool = pool
-        self.tracks = list(tracks)
-        self.result = result
-        self.all_tracks = self.tracks if result in self.tracks else [*self.tracks, result]
-        self.judged = sorted(row for track in self.tracks for row in track.judge)
         self.clock = Clock()
+        self.jury = Jury(subject, pool, tracks, result, self.clock, by_prefix=not self.proposer.nested)
+        self.jury.bound = bound
+        self.pool, self.tracks, self.result = pool, self.jury.tracks, result
+        self.all_tracks = self.jury.all_tracks
         self.passes: list[PassReport] = []
         self.plans = [Plan()]
         """The result's plan: of the base, and after each accepted pass."""
@@ -153,9 +87,13 @@ class Search:
         """On the judged examples, in the order of `plans`."""
         self.judging: list[list[Plan]] = [[Plan() for _ in self.tracks]]
         """The plans that these are of, one for each track, in the order of `plans`."""
-        self._recorded: dict[int, tuple[Plan, Prefixes]] = {}
         self.unreached: dict[str, str] = {}
         """Modules and structures that no gradient has reached, and why."""
+
+    @property
+    def subject(self) -> Subject:
+        """With the row blocks that the strategy looked into, once it has."""
+        return self.jury.subject
 
     def run(self, passes: int, on_step: OnStep) -> None:
         """Up to `passes` passes; the first that is not accepted is the last."""
@@ -178,7 +116,7 @@ class Search:
     def judge(self) -> Outcome:
         """All judged examples, each under its track's plan."""
         started = self.clock.now()
-        outcome = self._judge([track.plan for track in self.tracks], self.judged)
+        outcome = self.jury.outcome([track.plan for track in self.tracks], self.jury.rows)
         self.clock.searching += self.clock.now() - started
         return outcome
 
@@ -219,7 +157,7 @@ class Search:
         started = self.clock.now()
         proposals = self.proposer.propose(ranked, [track.plan for track in self.all_tracks], loss)
         decomposing = self.clock.now()
-        self.subject = self.subject.with_targets(proposals.blocks)
+        self.jury.subject = self.subject.with_targets(proposals.blocks)
         decomposed = self.clock.now() - decomposing
         self.clock.decomposing += decomposed
 
@@ -256,9 +194,10 @@ class Search:
 
             refused: list[Proposal] = []
             if self.proposer.nested:
-                trials = self._try_nested(proposals, current, on_trial, refused)
+                nested = NestedRound(self.jury, current, on_trial)
+                trials, refused = nested.run(proposals), nested.refused
             else:
-                trials = self._try_all(self._allowed(proposed, refused), len(proposed), current, on_trial)
+                trials = self._try_all(self.jury.allowed(proposed, refused), len(proposed), on_trial)
             candidates += [trial.report(current) for trial in trials]
             choice = self._choose(trials, current)
             choices.append(replace(choice, reason=_with_refused(choice.reason, trials, refused)))
@@ -273,155 +212,15 @@ class Search:
     def _choose(self, trials: Sequence[Trial], current: Outcome) -> Choice:
         if self.proposer.nested:
             return choose_by_loss(trials, current, len(self.all_tracks))
-        at = {row: k for k, row in enumerate(self.judged)}
-        judged = [[at[row] for row in track.judge] for track in self.tracks]
-        return choose_by_accuracy(trials, current, judged, len(self.all_tracks))
+        return choose_by_accuracy(trials, current, self.jury.places, len(self.all_tracks))
 
-    def _allowed(self, proposed: Iterable[Proposal], refused: list[Proposal]) -> Iterator[Proposal]:
-        for proposal in proposed:
-            if self.bound is None or self.bound.allows(self._result_with(proposal)):
-                yield proposal
-            else:
-                refused.append(proposal)
-
-    def _result_with(self, proposal: Proposal) -> Plan:
-        return self.result.plan.union(proposal.addition(len(self.all_tracks) - 1))
-
-    def _try_nested(
-        self,
-        proposals: Proposals,
-        current: Outcome,
-        on_trial: Callable[[float, str], None],
-        refused: list[Proposal],
-    ) -> list[Trial]:
-        """Judge plans of growing size, and the best of them with single components beside, first on a few of the
-        examples, the finalists on all. `refused` gets what is over the bound."""
-        few = self._few(current)
-        rest = sorted(set(self.judged) - set(few))
-        trials: list[Trial] = []
-        lists = len(proposals.lists)
-        for k, growing in enumerate(proposals.lists):
-
-            def on_size(fraction: float, message: str, k: int = k) -> None:
-                on_trial(GROWING_SHARE * (k + fraction) / lists, message)
-
-            best = _best(trials, current)
-            trials += self._grow(growing, best.proposal.size if best else None, few, current, on_size, refused)
-        contenders = list(trials)
-        for single in proposals.singles:
-            best = _best(contenders, current)
-            proposal = joined(single, best.proposal) if best else single
-            on_trial(GROWING_SHARE, f"trying without {proposal.description}")
-            for allowed in self._allowed([proposal], []):
-                trials.append(self._trial(allowed, few))
-                contenders.append(trials[-1])
-                if best:  # one of two plans that differ by a component is enough to be judged on all examples
-                    contenders.remove(min(trials[-1], best, key=lambda trial: trial.gain(current)))
-        if rest:
-            self._finish(contenders, rest, current, on_trial)
-        return trials
-
-    def _finish(
-        self,
-        trials: Sequence[Trial],
-        rest: Sequence[int],
-        current: Outcome,
-        on_trial: Callable[[float, str], None],
-    ) -> None:
-        """Judge those that gain most on a few examples on the others as well: the best of them, of two that are close
-        the smaller if the larger is not clearly better, and others as long as none would be accepted. Where two have
-        failed, it was by going too far on too few examples: the next is half as large. So is one that is tried in
-        place of one that costs right answers."""
-        gains = {id(trial): trial.gain(current) for trial in trials}  # a trial's own changes with what it is judged on
-        left = sorted((t for t in trials if gains[id(t)] > 0), key=lambda t: -gains[id(t)])
-        if len(left) > 1 and gains[id(left[1])] >= CLOSE * gains[id(left[0])]:
-            for trial in left[:2]:
-                self._judge_more(trial, rest[::STRIDE])
-            small, large = sorted(left[:2], key=lambda t: t.proposal.size)
-            left[:2] = (large, small) if large.clearly_better(small, current) else (small, large)
-        least = 0.0
-        for k in range(FINALISTS):
-            if not left:
-                break
-            trial = left.pop(0)
-            done = GROWING_SHARE + (1 - GROWING_SHARE) * k / FINALISTS
-            on_trial(done, f"judging {trial.proposal.description} on all examples")
-            self._judge_more(trial, rest)
-            falls = trial.falls(current)
-            if falls and not trial.suspect(current):
-                break
-            if falls:
-                least = least or NEARLY * gains[id(trial)]
-            if k or least:
-                half = trial.proposal.size / 2
-                left = [t for t in left if t.proposal.size <= half and gains[id(t)] >= least]
-
-    def _judge_more(self, trial: Trial, rows: Sequence[int]) -> None:
-        """Judge a trial on those of the rows that it was not judged on yet."""
-        at = self.clock.now()
-        there = ~np.isnan(trial.outcome.loss)
-        done = {row for row, judged in zip(self.judged, there, strict=True) if judged}
-        trial.outcome = completed(trial.outcome, self._judge(trial.plans, [row for row in rows if row not in done]))
-        trial.seconds += self.clock.now() - at
-
-    def _grow(
-        self,
-        growing: Growing,
-        earlier: int | None,
-        few: Sequence[int],
-        current: Outcome,
-        on_size: Callable[[float, str], None],
-        refused: list[Proposal],
-    ) -> list[Trial]:
-        """Judge plans of growing size on a few examples, a little beyond the best. `earlier` is the best size of the
-        list before."""
-        grid = growing.candidates
-        begin = beginning([proposal.size for proposal in grid], earlier) if grid else 0
-        up: Iterable[Proposal] = grid[begin:]
-        over: list[Proposal] = []
-        if self.bound is not None:
-            up = self.bound.within(grid[begin:], growing.of_size, self._result_with, over)
-        trials: list[Trial] = []
-
-        def gain_of(proposal: Proposal) -> float:
-            on_size(min(len(trials) / len(grid), 1.0), f"trying without {proposal.description}")
-            trials.append(self._trial(proposal, few))
-            return trials[-1].gain(current)
-
-        # The bound may have made the first of them smaller than some of the grid.
-        smaller = (proposal for proposal in reversed(grid[:begin]) if proposal.size < trials[0].proposal.size)
-        climb(up, self._allowed(smaller, []), gain_of)
-        refused += over
-        return trials
-
-    def _few(self, current: Outcome) -> list[int]:
-        """Those of the judged examples that candidates are first judged on: evenly from all in the order of their
-        answers, then of their loss, so that every label has its share. Of examples of one label a model that knows
-        no other answer is the best."""
-        step = max(1, min(STRIDE, len(self.judged) // FEWEST_JUDGED))
-        answers = [self.pool[row].labels[self.pool[row].gold] for row in self.judged]
-        often = Counter(answers)
-
-        def place(k: int) -> tuple[str, float]:
-            return answers[k] if often[answers[k]] > 1 else "", float(current.loss[k])
-
-        ordered = sorted(range(len(self.judged)), key=place)
-        return sorted(self.judged[k] for k in ordered[step // 2 :: step])
-
-    def _try_all(
-        self, proposals: Iterable[Proposal], most: int, current: Outcome, on_trial: Callable[[float, str], None]
-    ) -> list[Trial]:
+    def _try_all(self, proposals: Iterable[Proposal], most: int, on_trial: Callable[[float, str], None]) -> list[Trial]:
         """Judge every candidate on all examples."""
         trials = []
         for k, proposal in enumerate(proposals):
             on_trial(k / most, f"trying {proposal.description}")
-            trials.append(self._trial(proposal, self.judged))
+            trials.append(self.jury.trial(proposal, self.jury.rows))
         return trials
-
-    def _trial(self, proposal: Proposal, rows: Collection[int]) -> Trial:
-        plans = [track.plan.union(proposal.addition(k)) for k, track in enumerate(self.tracks)]
-        at = self.clock.now()
-        return Trial(proposal, plans, self._judge(plans, rows), self.clock.now() - at)
 
     def _rank(self, number: int, on_step: OnStep) -> list[Any]:
         """What the strategy makes of each track, the result's last."""
@@ -487,57 +286,6 @@ class Search:
             for effect in found.by_module.values():  # of a model that removals broke on an example, nothing is known
                 effect[~finite.to(effect.device)] = 0
         return found
-
-    def _judge(self, plans: Sequence[Plan], rows: Collection[int]) -> Outcome:
-        """Some of the judged examples, each under the plan of the track that judges it; NaN for the others."""
-        N = len(self.judged)
-        wanted = set(rows)
-        at = {row: k for k, row in enumerate(self.judged)}
-        whole = Outcome(
-            loss=np.full(N, np.nan),
-            exact=np.full(N, np.nan),
-            predicted=np.zeros(N, dtype=np.int64),
-            correct=np.full(N, np.nan),
-        )
-        for track, plan in zip(self.tracks, plans, strict=True):
-            mine = [row for row in track.judge if row in wanted]
-            if not mine:
-                continue
-            part = self._evaluate(track, plan, mine)
-            where = [at[row] for row in mine]
-            for field_name in OUTCOME_FIELDS:
-                getattr(whole, field_name)[where] = getattr(part, field_name)
-        return whole
-
-    def _evaluate(self, track: Track, plan: Plan, rows: Sequence[int]) -> Outcome:
-        """The model without the plan's components on some of the track's examples."""
-        subject = self.subject
-        changed = [name for name, removed in plan.removed.items() if removed != track.plan.removed.get(name)]
-        # A plan of a whole list touches early blocks too, and is judged on few examples at first.
-        prefixes = self._prefixes(track) if changed and not self.proposer.nested else None
-        with subject.without(plan):
-            if prefixes is not None:
-                return prefixes.evaluate(subject.objective, prefixes.first_block(changed))
-            encoded = [self.pool[row] for row in rows]
-            return evaluate(subject.model, encoded, subject.objective, subject.layout)
-
-    def _prefixes(self, track: Track) -> Prefixes:
-        """Block outputs of the track's current model on all examples that it judges."""
-        recorded = self._recorded.get(id(track))
-        if recorded is None or recorded[0] != track.plan:
-            subject = self.subject
-            encoded = [self.pool[row] for row in track.judge]
-            prefixes = recorded[1] if recorded else Prefixes(subject.model, encoded, subject.layout)
-            with subject.without(track.plan):
-                prefixes.record(subject.objective)
-            recorded = self._recorded[id(track)] = (track.plan, prefixes)
-        return recorded[1]
-
-
-def _best(trials: Sequence[Trial], current: Outcome) -> Trial | None:
-    """The one that gains most, if any gains."""
-    best = max(trials, key=lambda trial: trial.gain(current), default=None)
-    return best if best is not None and best.gain(current) > 0 else None
 
 
 def _with_refused(reason: str, trials: Sequence[Trial], refused: Sequence[Proposal]) -> str:

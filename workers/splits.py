@@ -19,7 +19,7 @@ from service.errors import InvalidInput
 from service.jobs import MIN_EXAMPLES
 from service.reports import SplitSizes
 from workers.examples import Encoded
-from workers.search import Track
+from workers.subject import Track
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from workers.c2i import C2I
 from workers.examples import Encoded
 from workers.laser import Laser
 from workers.proposals import Components, Proposer
-from workers.search import Search, Subject, Track
+from workers.search import Search
 from workers.structural import Classical, Heads, Layers, Mixed
 from workers.structures import (
     Kind,
@@ -38,6 +38,7 @@ from workers.structures import (
     pattern_units,
     tile_units,
 )
+from workers.subject import Subject, Track
 from workers.targets import Target, decoder_blocks
 
 SUBLAYERS = {Kind.ATTENTION, Kind.MLP}

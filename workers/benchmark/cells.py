@@ -22,8 +22,8 @@ from workers.drift import NeutralText, encode_neutral, paragraphs
 from workers.evaluation import Outcome, evaluate, losses, score
 from workers.examples import Batch, Encoded, Layout
 from workers.loading import Checkpoint, load
-from workers.search import Subject
 from workers.spectrum import Spectrum, SpectrumCache
+from workers.subject import Subject
 from workers.targets import Target, find_targets
 
 OBJECTIVE = Objective.BOTH

@@ -16,8 +16,9 @@ from workers.footprint import Footprint
 from workers.loading import Checkpoint
 from workers.ranking import Plan
 from workers.rounds import Aim, Rounds
-from workers.search import Search, Subject
+from workers.search import Search
 from workers.speed import measure, weight_bytes
+from workers.subject import Subject
 
 ROUNDS = 2
 """As a job of two passes."""

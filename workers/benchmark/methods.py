@@ -25,8 +25,9 @@ from workers.evaluation import Outcome, evaluate
 from workers.examples import Encoded
 from workers.progress import folder_bytes
 from workers.ranking import Plan
-from workers.search import Search, Subject, Track
+from workers.search import Search
 from workers.strategies import make_search
+from workers.subject import Subject, Track
 
 SIMPLE = ("base", "majority", "fewshot", "lora")
 GRIDS = ("laser", "c2i")

@@ -36,10 +36,10 @@ from workers.benchmark.clock import now
 from workers.evaluation import evaluate
 from workers.gradients import effects
 from workers.ranking import Plan, plan_of, t_scores
-from workers.search import Subject
 from workers.strategies import structures
 from workers.structural import Classical
 from workers.structures import Pattern, Unit
+from workers.subject import Subject
 
 VARIANTS: dict[str, dict[str, StrategyOptions]] = {
     "heads": {
