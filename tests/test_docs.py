@@ -237,7 +237,7 @@ def test_the_figure_shows_every_size_that_a_run_tried(data: Path, tmp_path: Path
 
 
 def test_the_pages_tell_the_numbers_that_the_code_has() -> None:
-    from workers import climbing, ranking, search, spectrum, trials  # and with them, torch
+    from workers import climbing, nested, ranking, spectrum, trials  # and with them, torch
     from workers.answering import TERMS
 
     words = {4: "four", 8: "eight", 16: "16"}
@@ -249,9 +249,12 @@ def test_the_pages_tell_the_numbers_that_the_code_has() -> None:
     assert "over a tenth of the loss" in method and ranking.CREDIBLE == 1 / 10
     assert "with `t > 2`" in method and ranking.CERTAIN == 2
     assert "two sizes beyond" in method and climbing.PATIENCE == 2
+    assert "or until a fifth of the gain is gone" in method and climbing.BEHIND == 4 / 5
+    assert "the current model (p < .25)" in method and trials.SUSPICION == 1 / 4
+    assert "that gains four fifths as much" in method and trials.NEARLY == 4 / 5
     assert "from the third size" in method and climbing.BEGIN == 2
     assert "a quarter of the first one's best" in method and climbing.SECOND_PART == 1 / 4
-    assert "on a fifth of the selection split" in method and search.STRIDE == 5
+    assert "on a fifth of the selection split" in method and nested.STRIDE == 5
     assert f"at p < {trials.SIGNIFICANCE:g}".replace("0.", ".") in method
     assert f"go at {spectrum.CACHE_LIMIT_BYTES / 2**30:g} GiB" in operating
     assert f"for up to {LONGEST_WAIT_SECONDS:g} s" in operating
