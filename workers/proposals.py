@@ -19,7 +19,7 @@ from workers.ranking import Plan, Ranking, is_unit, plan_of, rank, sizes
 from workers.targets import Target
 
 T = TypeVar("T")
-# Of components whose predicted fall is not believed, at most so many a pass are tried, each by itself.
+# Of components whose predicted fall is not believed, at most so many a pass are tried beside the lists.
 SINGLES = 2
 
 
@@ -66,7 +66,7 @@ class Proposals:
     lists: Sequence[Growing] = ()
     """Nested candidates, tried in the one round that there is then; the best of all lists is kept."""
     singles: Sequence[Proposal] = ()
-    """Beside nested candidates: what is in none of them, and is tried by itself."""
+    """Beside nested candidates: what is in none of them, and is tried with the best of them."""
     blocks: Sequence[Target] = ()
     """Row blocks that the candidates remove components of, beside the targets that effects are taken of."""
 
@@ -147,7 +147,7 @@ def growing(
 
 class Components:
     """Singular components of all targets in one list, by t and by moderated t; the first n of either go, n on a growing
-    grid (METHOD 4). Those whose predicted fall is not believed are in neither and are tried by themselves."""
+    grid (METHOD 4). Those whose predicted fall is not believed are in neither and are tried with the best."""
 
     nested = True
     by_effects = True

@@ -18,8 +18,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-# A component of which first order predicts that the loss falls by more than this share of it is tried by itself and is
-# in no longer list: of one that was to gain 3.8 of 6.2 removal cost 6.7, and spoilt every plan that it was in.
+# A component of which first order predicts that the loss falls by more than this share of it is in no list and
+# tried with the best plan alone: of one that was to gain 3.8 of 6.2 removal cost 6.7, and spoilt every plan with it.
 CREDIBLE = 0.1
 # Sizes begin where this share of the loss is predicted to go, with so many components at most.
 FIRST_STEP = 0.2
