@@ -65,8 +65,7 @@ class Search:
     ) -> None:
         """
         Args:
-            tracks: those that judge; together they judge each example at most once.
-            result: the track whose plan is the result; one of `tracks`, or one more.
+            tracks, result: as a `Jury` takes them.
             proposer: the strategy, `Components` if none is given; `workers.strategies` makes it from a job's options.
             bound: that no accepted plan exceeds; None for none.
         """

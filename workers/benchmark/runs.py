@@ -24,7 +24,7 @@ from workers.benchmark.plots import write_plots
 from workers.benchmark.records import Lines, Records, Row, Run
 from workers.benchmark.tables import write_tables
 from workers.benchmark.tasks import Sizes, Split, Task, split
-from workers.evaluation import Array, Outcome, changes, mcnemar_p, metrics
+from workers.evaluation import Outcome, mcnemar_p, metrics
 from workers.proposals import plural
 
 PACKAGES = ("compress-to-impress", "torch", "transformers", "peft", "numpy", "scipy")
@@ -158,9 +158,10 @@ def make_row(cell: Cell, method: str, measured: Measured) -> Row:
     """The row of a method on a cell."""
     finite = np.isfinite(measured.outcome.loss)  # a majority has no loss, a broken model an infinite one
     found = metrics(replace(measured.outcome, loss=np.where(finite, measured.outcome.loss, 0.0)), cell.rows.test)
-    gained, lost = changes(_hits(cell.base), _hits(measured.outcome))
-    exact_gained, exact_lost = changes(cell.base.exact, measured.outcome.exact)
-    hits, size = _hits(measured.outcome), measured.size
+    lines = _changed_lines(cell, measured.outcome)
+    gained, lost = len(lines.gained), len(lines.lost)
+    exact_gained, exact_lost = len(lines.exact_gained), len(lines.exact_lost)
+    hits, size = measured.outcome.right[_counted(measured.outcome)], measured.size
     interval = stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
     return Row(
         task=cell.task,
@@ -188,7 +189,7 @@ def make_row(cell: Cell, method: str, measured: Measured) -> Row:
         exact_gained=exact_gained,
         exact_lost=exact_lost,
         exact_p=mcnemar_p(exact_gained, exact_lost),
-        lines=_changed_lines(cell, measured.outcome),
+        lines=lines,
         test_seconds=measured.test_seconds,
         tried=measured.tried,
         tried_of=measured.tried_of,
@@ -203,13 +204,8 @@ def make_row(cell: Cell, method: str, measured: Measured) -> Row:
     )
 
 
-def _hits(outcome: Outcome) -> Array:
-    """0 or 1 in the metric: over the rows with choices, or exact match where none has any."""
-    return outcome.right[_counted(outcome)]
-
-
 def _counted(outcome: Outcome) -> npt.NDArray[np.bool_]:
-    """The rows that the metric is over."""
+    """The rows that the metric is over: those with choices, or all where none has any."""
     closed = ~np.isnan(outcome.correct)
     return closed if closed.any() else ~closed
 
