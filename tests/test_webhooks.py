@@ -577,8 +577,12 @@ def test_lanes_take_turns_and_none_takes_all(queue: JobQueue) -> None:
     assert queue.outbox.take(lease, {"key_flood": 2}, 10, 2) == []
     assert queue.outbox.take(lease, {"key_a": 1, "key_b": 9}, 10, 2) == []
     later = create_ended(queue, owner="key_later")
-    # The one that waited since before the flood's last turn, though the flood's messages are older.
-    assert [one.job_id for one in queue.outbox.take(lease, {}, 1, 2)] != [later]
+    # Turns are told apart by the millisecond: the flood's next one is after this job, not in the millisecond of it.
+    due = queue.redis.zscore("c2i:webhooks:due", "key_later")
+    assert due is not None
+    wait_until(lambda: time.time_ns() // 1_000_000 > due, 5, "the clock is past the job's millisecond")
+    # The flood waited since before this job, and had its turn then, though more of its messages are older.
+    assert [one.job_id for one in queue.outbox.take(lease, {}, 1, 2)] == [flood[2]]
     assert [one.job_id for one in queue.outbox.take(lease, {}, 1, 2)] == [later]
 
 
