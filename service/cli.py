@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import sys
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
-from typing import NoReturn
+from importlib.metadata import EntryPoint, entry_points, version
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -27,7 +27,23 @@ OPERATE = "Operate a service"
 # Other packages' commands that are of OPERATE; their others are of LOCAL.
 OPERATING = ("worker",)
 
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        print(f"c2i {version('compress-to-impress')}")
+        raise typer.Exit
+
+
+def _c2i(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Say the version.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
+
+
 app = typer.Typer(
+    callback=_c2i,
     help="Adapt a language model to a task by removing a few hundred singular components.\n\n"
     "Example: c2i submit task.jsonl --model smollm2-135m-instruct --wait",
     epilog="Exit codes: 0 done, 1 the job failed, 2 what was asked for is wrong, 3 the service does not answer.",

@@ -1,4 +1,5 @@
-"""Files of examples: JSON Lines, CSV by its name's ending, or stdin; errors name the file and the line."""
+"""Files of examples: JSON Lines, or CSV by its name's ending; from stdin either, by its first character. Errors name
+the file and the line."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ def read(path: Path) -> JsonLines:
         InvalidInput: it cannot be read, or a line is no example.
     """
     if path == STDIN:
-        return jsonl.parse("stdin", sys.stdin.buffer.read())
+        content = sys.stdin.buffer.read()
+        is_json = jsonl.decode("stdin", content).lstrip()[:1] in ("{", "[", "")
+        return jsonl.parse("stdin", content) if is_json else _parse_csv("stdin", content)
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -154,8 +154,9 @@ class Body(Strict):
 class JobSpec(Body):
     """The body of `POST /v1/jobs`.
 
-    `validation` is the selection split and `test` the test split, where the client brings its own; what is not
-    brought is split off `examples`, by `seed`. No model is returned whose `Drift` is over `max_drift`.
+    `validation` is the selection split and `test` the test split, where the client brings its own. What is not brought
+    is split off by `seed`: the test split off a `validation` of 60 or more, all else off `examples`. No model is
+    returned whose `Drift` is over `max_drift`.
     """
 
     model: Annotated[str, StringConstraints(strict=True)]
@@ -163,7 +164,7 @@ class JobSpec(Body):
     examples: Examples
     """At least eight; no prompt twice with different completions, over all three lists."""
     validation: Examples | None = None
-    """Your own selection split."""
+    """Your own selection split; of 60 or more without `test`, half of them become the test split."""
     test: Examples | None = None
     """Your own test split."""
     goal: Goal = Goal.IMPROVE
@@ -304,7 +305,7 @@ def check_examples(spec: JobSpec) -> None:
         if split is None:
             continue
         if not split and name != "examples":
-            raise InvalidInput("an empty list; leave the field out to split it off `examples`", param=name)
+            raise InvalidInput("an empty list; leave the field out, and the job makes its own split", param=name)
         for i, example in enumerate(split):
             at = f"{name}[{i}]"
             _check_example(example, at)

@@ -28,8 +28,9 @@ def decode(name: str, content: bytes) -> str:
     """
     try:
         return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise InvalidInput(f"{name}: not UTF-8 text") from None
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise InvalidInput(f"{name}:{line}: not UTF-8 text") from None
 
 
 def parse(name: str, content: bytes) -> JsonLines:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -97,7 +98,7 @@ def create_app(
 
     app = FastAPI(
         title="Compress-to-Impress",
-        version="0.1.0",
+        version=version("compress-to-impress"),
         summary="Send a model's ID and a handful of examples; get back a model that does the task better.",
         lifespan=lifespan,
         # FastAPI's own pages take their scripts from elsewhere; `service.routes.page` has one that does not.

@@ -99,7 +99,7 @@ class TargetModule(Strict):
     layer: int
     kind: str
     components: int
-    """How many it has in all. A component of a row block counts as one."""
+    """How many it has in all. A component of a row block counts as one, where some were removed in row blocks."""
 
 
 class PlanEntry(Strict):
@@ -111,7 +111,7 @@ class PlanEntry(Strict):
     shape: tuple[int, int]
     components: list[int]
     relative_norm: float
-    """Frobenius norm of what is removed over that of the weight, or of its rows."""
+    """Frobenius norm of what is removed over that of the weight, all its rows."""
 
 
 class RemovedStructures(Strict):

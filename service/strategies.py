@@ -75,7 +75,8 @@ class C2IOptions(Strict):
     sign: Literal["taylor", "paper"] = "taylor"
     """Which sign of the gradient speaks for reducing a matrix: that of Taylor's theorem, or the other."""
     same_samples: bool = Field(default=False, strict=True)
-    """Whether candidates are judged by the very examples that the gradient was taken on."""
+    """Whether candidates are judged by the very examples that the gradient was taken on; without effect where examples
+    are cross-fitted, which uses each for both anyway."""
 
     @property
     def candidates(self) -> int:

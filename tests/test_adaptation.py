@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,9 @@ from workers.examples import Layout
 from workers.loading import load
 from workers.pruning import applied
 from workers.ranking import Plan
+from workers.reporting import plan_entries, target_modules
 from workers.spectrum import Spectrum, decompose
+from workers.subject import Subject
 from workers.targets import find_targets
 
 pytestmark = [
@@ -111,6 +114,10 @@ def check(run: Run) -> Report:
     for entry in report.plan:
         assert entry.components == sorted(set(entry.components))
         assert 0 < entry.relative_norm <= 1 + 1e-6
+    for module in report.modules:
+        mine = [entry for entry in report.plan if entry.module == module.module]
+        assert sum(len(entry.components) for entry in mine) <= module.components
+        assert math.hypot(*(entry.relative_norm for entry in mine)) <= 1 + 1e-6
     return report
 
 
@@ -477,6 +484,23 @@ def test_every_strategy(
     assert report.passes[0].candidates
     assert all(candidate.description for candidate in report.passes[0].candidates)
     assert report.model.target_modules == len(plain.targets_of(tiny_models(architecture))[0])
+
+
+def test_of_a_weight_that_lost_in_row_blocks_the_report_counts_those_of_the_blocks(tiny_models: TinyModels) -> None:
+    folder = tiny_models("llama")
+    targets, spectra = plain.targets_of(folder)
+    whole = next(target for target in targets if target.name.endswith("1.mlp.up_proj"))
+    blocks = whole.split(4)
+    layout = Layout(packed=True)
+    subject = Subject(plain.loaded(folder).model, targets, spectra, Objective.BOTH, layout).with_targets(blocks)
+    plan = Plan({block.name: tuple(range(min(block.shape))) for block in blocks})
+    modules = {module.module: module for module in target_modules(targets, subject, plan)}
+    assert list(modules) == [target.name for target in targets]
+    assert modules[whole.name].components == sum(min(block.shape) for block in blocks) > min(whole.shape)
+    assert all(modules[target.name].components == min(target.shape) for target in targets if target is not whole)
+    norms = [entry.relative_norm for entry in plan_entries(subject, plan)]
+    assert len(norms) == 4
+    assert math.hypot(*norms) == pytest.approx(1)  # all of it is gone
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])

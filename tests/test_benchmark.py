@@ -40,11 +40,13 @@ from workers.benchmark.tables import render, summarise
 from workers.benchmark.tasks import Sizes, find_tasks, split
 from workers.cli import bench
 from workers.evaluation import evaluate
+from workers.loading import load
 from workers.offline import OFFLINE
 from workers.pruning import applied
 from workers.search import Search
 from workers.strategies import make_search
 from workers.subject import Track
+from workers.targets import decoder_blocks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,12 +76,13 @@ def home(tmp_path_factory: pytest.TempPathFactory, planted: Planted) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(home: Path) -> Bench:
-    return Bench.load(models.resolve(home / "models", "tiny/planted"), home / "cache")
+    model = models.resolve(home / "models", "tiny/planted")
+    return Bench.prepare(model, load(model.folder), home / "cache")
 
 
 def cell_of(loaded: Bench, tasks: Path, name: str, seed: int = 0) -> Cell:
     (task,) = find_tasks(tasks, [name])
-    rows = encode_split(loaded, split(task, seed, SIZES, loaded.model.id))
+    rows = encode_split(loaded.base, split(task, seed, SIZES, loaded.model.id), loaded.model.context_length)
     return prepare(loaded, name, seed, rows)
 
 
@@ -284,6 +287,27 @@ def test_a_bad_example_is_named_by_its_line(tasks: Path, home: Path, tmp_path: P
         run(folder, home, tmp_path / "out")
 
 
+def test_what_was_refused_may_be_mended_and_measured_in_the_same_folder(
+    tasks: Path, home: Path, tmp_path: Path
+) -> None:
+    lines = (tasks / "planted.jsonl").read_text().splitlines()
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "._planted.jsonl").write_bytes(b"\x00\x05\x16\x07")  # as macOS leaves beside a file: no task
+    file = folder / "planted.jsonl"
+    long = {**json.loads(lines[70]), "prompt": "word " * 400}
+    for bad, said in (
+        (json.dumps(long).encode(), r"planted\.jsonl:71: prompt: .* tokens"),
+        (b'{"prompt": "caf\xe9", "completion": " no"}', r"planted\.jsonl:71: not UTF-8"),
+    ):
+        file.write_bytes(b"\n".join([*(line.encode() for line in lines[:70]), bad, "\n".join(lines[71:]).encode()]))
+        with pytest.raises(InvalidInput, match=said):
+            run(folder, home, tmp_path / "out", chosen="base")
+    file.write_text("\n".join(lines))
+    run(folder, home, tmp_path / "out", chosen="base")
+    assert [row.method for row in Records(tmp_path / "out").rows()] == ["base"]
+
+
 def test_a_run_of_other_rows_is_not_mixed_in(finished: Path, tasks: Path, home: Path, tmp_path: Path) -> None:
     before = (finished / "bench.json").read_bytes()
     with pytest.raises(InvalidInput, match=r"rows 24,24,40, not 24,24,41") as caught:
@@ -383,10 +407,11 @@ def test_a_masked_model_is_measured_by_every_method(
     measured = {row.method: row for row in Records(tmp_path / "run").rows()}
     assert set(measured) == {"base", "fewshot", "lora", "c2i", "components:2"}
 
-    bench = Bench.load(models.resolve(tmp_path / "models", "tiny/masked"), tmp_path / "cache")
+    model = models.resolve(tmp_path / "models", "tiny/masked")
+    bench = Bench.prepare(model, load(model.folder), tmp_path / "cache")
     (task,) = find_tasks(tmp_path / "tasks", None)
     found = split(task, 0, SIZES, "tiny/masked")
-    cell = prepare(bench, "items", 0, encode_split(bench, found))
+    cell = prepare(bench, "items", 0, encode_split(bench.base, found, model.context_length))
     got = fewshot.prompt_with_examples(cell, found.gradient)
     assert got.shots > 0
     # The reference puts the examples' text before the prompt's, and tokenises both together.
@@ -432,6 +457,26 @@ def test_lora_that_diverges_is_the_base(loaded: Bench, tasks: Path) -> None:
     np.testing.assert_allclose(found.outcome.loss, cell.base.loss, rtol=1e-5)
 
 
+def test_lora_is_the_same_where_memory_holds_no_example_whole(loaded: Bench, tasks: Path) -> None:
+    cell = cell_of(loaded, tasks, "planted")
+    expected = lora.train(cell)
+    block = decoder_blocks(loaded.base.model)[1][-1]
+    usual = type(block).forward
+
+    def kept_whole(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        """Out of memory where a backward is to come and the block's activations are kept for it."""
+        if torch.is_grad_enabled() and getattr(module.forward, "__func__", None) is usual:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = block.register_forward_hook(kept_whole)
+    try:
+        found = lora.train(cell)
+    finally:
+        handle.remove()
+    np.testing.assert_allclose(found.selection_losses, expected.selection_losses, rtol=1e-3)
+    assert found.epoch == expected.epoch > 0
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "phi3", "qwen2_moe"])
 def test_lora_finds_the_projections_of_other_architectures(tiny_models: Callable[..., Path], architecture: str) -> None:
     model = plain.loaded(tiny_models(architecture)).model
@@ -442,7 +487,7 @@ def test_lora_finds_the_projections_of_other_architectures(tiny_models: Callable
 
 def test_components_of_one_pass_are_those_of_a_search_that_stops_there(loaded: Bench, tasks: Path) -> None:
     cell = cell_of(loaded, tasks, "planted")
-    together = components(cell, [1, 3]).by_method
+    together = {name: found for one in components(cell, [1, 3]) for name, found in one.by_method.items()}
     pool, n = [*cell.rows.gradient, *cell.rows.selection], len(cell.rows.gradient)
     track = Track(list(range(n)), list(range(n, len(pool))))
     search = Search(cell.subject, pool, [track], track)
@@ -465,6 +510,22 @@ def test_the_majority_is_the_gradient_split_s_and_is_judged_on_the_test_split(lo
     expected = [row.labels[row.gold] == answer for row in cell.rows.test]
     np.testing.assert_array_equal(majority(cell).correct, expected)
     np.testing.assert_array_equal(majority(cell).exact, expected)
+
+
+def test_what_a_search_has_reached_is_kept_where_it_fails_later(
+    tasks: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = Search.one_pass
+
+    def failing(search: Search, number: int, *more: Any) -> Any:
+        if number == 2:
+            raise RuntimeError("no second pass")
+        return usual(search, number, *more)
+
+    monkeypatch.setattr(Search, "one_pass", failing)
+    with pytest.raises(InternalError, match=r"planted seed 0 components:8: RuntimeError: no second pass"):
+        run(tasks, home, tmp_path / "out", "--tasks", "planted", chosen="components:1,components:8")
+    assert [row.method for row in Records(tmp_path / "out").rows()] == ["base", "components:1"]
 
 
 def test_units_put_all_numbers_of_passes_into_one_search() -> None:
@@ -507,15 +568,16 @@ def test_the_summary_s_numbers_are_those_computed_by_hand() -> None:
     assert [s.method for s in (base, lora_row, one)] == ["base", "lora", "components:1"]
     assert base.metric == pytest.approx((0.5 + 0.6 + 0.1 + 0.2) / 4)
     assert base.spread == pytest.approx(np.std([0.3, 0.4], ddof=1))
-    assert lora_row.gain == pytest.approx((0.4 + 0.2 + 0.1) / 3)
-    assert one.gain == pytest.approx((-0.04 - 0.03 + 0.3) / 3)
-    assert one.share_of_lora == pytest.approx((-0.04 - 0.03 + 0.3) / (0.4 + 0.2 + 0.1))
+    # A task counts once, of however many seeds it has rows.
+    assert lora_row.gain == pytest.approx(((0.4 + 0.2) / 2 + 0.1) / 2)
+    assert one.gain == pytest.approx(((-0.04 - 0.03) / 2 + 0.3) / 2)
+    assert one.share_of_lora == pytest.approx(((-0.04 - 0.03) / 2 + 0.3) / ((0.4 + 0.2) / 2 + 0.1))
+    assert one.spread is None  # only seed 0 has both tasks
     assert (lora_row.better, lora_row.worse) == (2, 0)
     assert (one.better, one.worse, one.exact_better, one.exact_worse) == (1, 1, 1, 0)
-    assert one.exact_match == pytest.approx((0.46 + 0.57 + 0.4) / 3)
+    assert one.exact_match == pytest.approx(((0.46 + 0.57) / 2 + 0.4) / 2)
     text = render(rows, a_run())
-    assert "| components, 1 pass | 3 | 0.477 ± " in text
-    assert "| +0.077 | 33% | 1/1 | 0.477 | 1/0 |" in text
+    assert "| components, 1 pass | 3 | 0.458 | +0.133 | 66% | 1/1 | 0.458 | 1/0 |" in text
     interval = stats.binomtest(46 + 57, 200).proportion_ci(method="wilson")
     assert f"{interval.low:.3f} to {interval.high:.3f}" in text
     assert "0.400°" in text
@@ -639,7 +701,7 @@ def test_structures_go_until_the_size_is_reached_and_no_further(loaded: Bench, t
     largest = max(int(unit.sizes.max()) for unit in subject.units)
     total = sum(p.numel() for p in loaded.base.model.parameters())
     assert left <= method.size < left + largest / total
-    measured = methods.measure(cell, [name], []).by_method[name]
+    measured = next(methods.measure(cell, [name], [])).by_method[name]
     assert measured.left == left
     assert measured.seconds > 0 or seconds == 0
 
@@ -662,7 +724,7 @@ def test_unstructured_magnitude_takes_the_smallest_entries_of_all_weights(loaded
 def test_a_compressed_model_is_written_and_measured_beside_the_base(loaded: Bench, tasks: Path) -> None:
     cell = cell_of(loaded, tasks, "planted")
     name = "compress/neurons@0.9"
-    measured = methods.measure(cell, [name], []).by_method[name]
+    measured = next(methods.measure(cell, [name], [])).by_method[name]
     row = make_row(cell, name, measured)
     assert row.left is not None
     assert row.left <= 0.9
@@ -675,7 +737,7 @@ def test_a_compressed_model_is_written_and_measured_beside_the_base(loaded: Benc
 @pytest.mark.parametrize("name", ["heads", "neurons", "mixed"])
 def test_a_pass_of_structures_is_that_of_a_job(loaded: Bench, tasks: Path, name: str) -> None:
     cell = cell_of(loaded, tasks, "planted")
-    measured = methods.measure(cell, [name], []).by_method[name]
+    measured = next(methods.measure(cell, [name], [])).by_method[name]
     method = structures.parse(name)
     assert isinstance(method, structures.OnePass)
     subject = structures.subject_with(cell, method)

@@ -166,10 +166,10 @@ def test_examples_come_from_csv_and_stdin_too(api: Api, file: Path, tmp_path: Pa
     table = write(tmp_path / "task.csv", "prompt,completion,choices", *rows)
     options = ("--model", "tiny-llama", "--json")
     stored = []
-    for given, text in ((file, None), (table, None), ("-", file.read_text())):
+    for given, text in ((file, None), (table, None), ("-", file.read_text()), ("-", table.read_text())):
         job_id = json.loads(c2i(api, "submit", given, *options, stdin=text).stdout)["id"]
         stored.append(api.service.store.get_input(job_id))
-    assert stored[0] == stored[1] == stored[2]
+    assert stored[0] == stored[1] == stored[2] == stored[3]
     assert stored[0].examples[0].choices == lines[0]["choices"]
     bad = c2i(api, "submit", "-", *options, stdin=file.read_text() + "{", code=2)
     assert f"stdin:{len(lines) + 1}: not JSON" in bad.stderr

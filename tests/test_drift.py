@@ -14,6 +14,7 @@ from torch import Tensor
 
 from service.errors import InvalidInput
 from service.jobs import JobSpec, Objective
+from service.strategies import LaserOptions
 from tests import tiny
 from tests.plain import ARCHITECTURES, MIXTURES, encoded, loaded, targets_of, weights_of
 from tests.planted import Planted
@@ -27,6 +28,7 @@ from workers.pruning import pruned
 from workers.ranking import Plan
 from workers.search import Search
 from workers.splits import divide
+from workers.strategies import make_search
 from workers.subject import Subject, Track
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -298,6 +300,19 @@ def test_a_bound_that_allows_nothing_is_told_to_be_the_reason(planted: Planted) 
     (report,) = held.passes
     assert (report.accepted, report.candidates, held.result.plan) == (False, [], Plan())
     assert report.reason == "the least that could be removed would take the drift over max_drift"
+
+
+def test_of_a_grid_the_number_that_a_bound_has_refused_is_told(planted: Planted) -> None:
+    pool = encoded(planted.folder, planted.examples)
+    track = Track(list(range(60)), list(range(60, 120)))
+    for refused, told in (("mlp", "; 6 of 14 candidates would"), ("layers", "14 of 14 candidates would")):
+        options = LaserOptions(retentions=(0.5,))
+        search = make_search(subject(planted.folder), pool, [track], track, options, 0)
+        search.jury.bound = DriftBound(lambda plan, part=refused: float(part in "".join(plan.components)), 0.5)  # type: ignore[misc]
+        search.run(1, lambda stage, number, fraction, message: None)
+        (report,) = search.passes
+        assert told in report.reason
+        assert report.reason.endswith("take the drift over max_drift")
 
 
 def test_a_bound_that_is_never_reached_changes_nothing(planted: Planted) -> None:

@@ -227,6 +227,27 @@ def test_the_effects_of_all_blocks_of_a_weight_sum_to_those_of_the_whole(
 
 
 @pytest.mark.usefixtures("double")
+@pytest.mark.parametrize(("architecture", "blocks"), [("olmo", 1), ("olmo", 4), ("ctrl", 1), ("ctrl", 4)])
+def test_a_model_may_change_in_place_what_a_module_gives_it(
+    architecture: str, blocks: int, tiny_models: TinyModels
+) -> None:
+    folder = tiny_models(architecture)
+    model, examples = loaded(folder).model, encoded(folder)
+    targets, _ = targets_of(folder)
+    parts = {target.name: target.split(blocks) for target in targets}
+    split = [part for each in parts.values() for part in each]
+    spectra = {part.name: decompose(part.weight) for part in split}
+    found, unreached = effects(model, split, spectra, examples, Objective.BOTH, FLAT)
+    assert not unreached
+    parameters = [target.module.get_parameter("weight") for target in targets]
+    for n, example in enumerate(examples):
+        gradients = torch.autograd.grad(plain.loss(model, example, Objective.BOTH), parameters)
+        for target, parameter, gradient in zip(targets, parameters, gradients, strict=True):
+            together = sum(float(found.by_module[part.name][n].sum()) for part in parts[target.name])
+            whole = float((parameter.detach() * gradient).sum())
+            assert together == pytest.approx(whole, rel=1e-3, abs=1e-4), target.name
+
+
 def test_after_a_pass_the_removed_components_have_no_effect_and_the_others_that_on_the_changed_model(
     tiny_models: TinyModels,
 ) -> None:

@@ -21,6 +21,7 @@ from tests import plain, tiny
 from tests.live import REPOSITORY
 from tests.plain import ARCHITECTURES, MIXTURES, encoded, loaded, targets_of, within_window
 from workers.batching import in_batches
+from workers.benchmark.cells import measure_fb
 from workers.evaluation import evaluate, honours_tree_mask, losses, score
 from workers.examples import Encoded, Layout, batches
 from workers.gradients import Effects, checkpointed, effects
@@ -300,9 +301,12 @@ def test_an_example_that_does_not_fit_alone_is_tried_with_checkpointed_blocks(ti
     handle = blocks[-1].register_forward_hook(kept_whole)
     try:
         found = backward(folder, examples, packed())
+        tried = list(attempts)
+        assert measure_fb(model, examples, packed()) > 0  # the benchmark's unit of cost
     finally:
         handle.remove()
     assert_same(found, expected)
+    attempts = tried
     whole = sum(attempts)
     assert attempts[:whole] == [True] * whole  # once on, it stays on for the pass
     assert whole >= 2

@@ -90,6 +90,19 @@ def test_the_cards_of_the_base_say_that_nothing_was_removed(adapted: Adapted) ->
         text = (adapted("nothing") / folder / "README.md").read_text()
         assert "so this is the base model, unchanged" in text
         assert "## What was removed" not in text
+        assert "pruned" not in text
+        assert "subtracts" not in text
+        assert "compressed to impress" not in text
+    assert "The adapter is zero" in (adapted("nothing") / "adapter" / "README.md").read_text()
+
+
+def test_a_card_calls_examples_cross_validated_that_are_no_test_split(adapted: Adapted) -> None:
+    for kind, name in (("choices", "test"), ("few", "cross-validated")):
+        splits = report_of(adapted(kind)).splits
+        card = ModelCard.load(adapted(kind) / "model" / "README.md")
+        named = {result.dataset_name for result in card.data.eval_results or []}
+        assert named == {f"{splits.test} {name} examples of the job"}
+        assert f"Of {splits.test} {name} examples " in card.text
 
 
 def test_vllm_is_told_a_rank_that_it_takes_and_that_the_adapter_has(adapted: Adapted) -> None:

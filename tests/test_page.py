@@ -22,7 +22,7 @@ from service.strategies import Strategy
 from tests import browser as browsers
 from tests import tiny
 from tests.browser import Visit
-from tests.live import Api, ServeProcess, install, redis, spec, wait_until
+from tests.live import REPOSITORY, Api, ServeProcess, install, redis, spec, wait_until
 
 SERIOUS = {"serious", "critical"}
 LIGHT_AND_DARK: tuple[Literal["light", "dark"], ...] = ("light", "dark")
@@ -105,6 +105,8 @@ def test_from_a_submission_to_the_download(visit: Visit) -> None:
     page.get_by_label("Model", exact=True).select_option("tiny-llama")
     page.get_by_role("button", name="Fill in an example task").click()
     expect(page.get_by_text("120 examples with 4 choices.")).to_be_visible()
+    filled_in = page.get_by_label("Examples", exact=True).input_value()
+    assert filled_in.strip() == (REPOSITORY / "docs" / "examples" / "task.jsonl").read_text().strip()
     expect(page.locator(".estimate")).to_contain_text("once a worker takes it")
     page.get_by_role("button", name="Adapt the model").click()
     expect(page).to_have_url(re.compile("#/jobs/job_"))
@@ -125,10 +127,13 @@ def test_what_is_wrong_with_an_example_stands_on_its_line_before_it_is_sent(visi
     page = visit.open()
     examples = tiny.learnable_examples(12)
     examples[3]["completion"] = " blue"
+    examples[0]["turns"] = [{"role": "system", "content": "Be short."}]  # as it should be
+    examples[7]["turns"] = [{"role": "robot", "content": "Be short."}]
     text = lines(examples).replace("\n", "\n\n", 1) + '\n{"prompt": "no end'
     page.get_by_label("Examples", exact=True).fill(text)
-    expect(page.get_by_text("2 of 13 lines cannot be sent; the first is line 5.")).to_be_visible()
+    expect(page.get_by_text("3 of 13 lines cannot be sent; the first is line 5.")).to_be_visible()
     expect(page.get_by_text("Line 5, completion: not one of the choices")).to_be_visible()
+    expect(page.get_by_text("Line 9, turns: each has a role")).to_be_visible()
     expect(page.get_by_text(re.compile("Line 14, not JSON"))).to_be_visible()
     expect(page.get_by_role("button", name="Adapt the model")).to_be_disabled()
     check_accessible(page)

@@ -87,6 +87,8 @@ def test_nothing_removed_is_said_to_be_that() -> None:
     assert found.sentence == (
         "No significant improvement: no removal lowered the loss reliably. The base model is returned."
     )
+    held = judge(outcome(60, 2.0), outcome(60, 2.0), UNSEEN, 0, removed=0, bounded=True)
+    assert "no removal within max_drift lowered the loss" in held.sentence
 
 
 def test_a_cross_validated_estimate_is_called_one() -> None:

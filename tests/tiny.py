@@ -165,6 +165,12 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# Models that change in place what a module has given them: OLMo clips queries, keys and values, CTRL scales embeddings.
+IN_PLACE: dict[str, tuple[str, dict[str, Any]]] = {
+    "olmo": ("olmo", _rotary(clip_qkv=0.5)),
+    "ctrl": ("ctrl", {**_GPT, "dff": 48}),
+}
+
 _BERT = {
     "hidden_size": HIDDEN,
     "intermediate_size": 48,
@@ -224,7 +230,7 @@ def build(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
     made = tokenizer_for(architecture)
-    model_type, keys = (ARCHITECTURES | MIXTURES | MASKED)[architecture]
+    model_type, keys = (ARCHITECTURES | MIXTURES | IN_PLACE | MASKED)[architecture]
     auto_model: Any = AutoModelForMaskedLM if architecture in MASKED else AutoModelForCausalLM
     config = AutoConfig.for_model(
         model_type,

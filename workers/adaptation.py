@@ -126,7 +126,8 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
     if len(search.unreached) == len(spectra) + len(units):
         raise UnusableModel("no gradient reached any of the model's weights", param="model")
 
-    with progress.stage(Stage.VERIFYING, "testing on unseen examples"):
+    testing = "testing on unseen examples" if splits.test else "the cross-validated estimate"
+    with progress.stage(Stage.VERIFYING, testing):
         last = len(search.plans) - 1 if rounds else search.result_after(spec.passes)
         wanted = range(last + 1) if rounds else {0, min(1, len(search.plans) - 1), last}
         tested = {k: _tested(subject, splits, search, neutral, k) for k in wanted}
@@ -175,7 +176,8 @@ def adapt(spec: JobSpec, model: Model, out: Path, *, cache: Path, on_progress: O
 
 def _judge(spec: JobSpec, splits: Splits, base: Outcome, adapted: Outcome, *, removed: int) -> Verdict:
     if spec.goal is Goal.IMPROVE:
-        return judge(base, adapted, splits.sizes, spec.seed, removed=removed)
+        bounded = spec.max_drift is not None
+        return judge(base, adapted, splits.sizes, spec.seed, removed=removed, bounded=bounded)
     check_compressed(adapted)
     return judge_compressed(base, adapted, splits.sizes, spec.seed)
 

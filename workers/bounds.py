@@ -57,3 +57,19 @@ class DriftBound:
                 refused.append(middle)
         if found is not None:
             yield found
+
+
+def with_refused(reason: str, tried: int, refused: Sequence[Proposal], *, nested: bool) -> str:
+    """Why a round ended as it did, and what the bound has kept it from trying.
+
+    Args:
+        refused: of plans of growing size, `nested`, the least last.
+    """
+    if not refused:
+        return reason
+    if nested:
+        who = f"removing {refused[-1].description}" if tried else "the least that could be removed"
+    else:
+        who = f"{len(refused)} of {tried + len(refused)} candidates"
+    told = f"{who} would take the drift over max_drift"
+    return f"{reason}; {told}" if tried else told

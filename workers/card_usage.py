@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from service.goals import Goal
 from service.jobs import PromptFormat
 from service.reports import Report
 
@@ -38,13 +39,19 @@ answer = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs[
 print(tokenizer.decode(answer))"""
 
 
+def unchanged(report: Report) -> bool:
+    """Whether nothing was better than the base, which is what was written."""
+    return not report.improved and report.goal is Goal.IMPROVE
+
+
 def use_adapter(report: Report, rank: int, *, masked: bool) -> str:
     """The adapter's, of some rank."""
     auto = "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"
     base = _pinned(report)
+    what = "is zero: nothing was removed" if unchanged(report) else "is a LoRA that subtracts what was removed, exactly"
     return f"""## Use
 
-The adapter is a LoRA that subtracts what was removed, exactly. With PEFT:
+The adapter {what}. With PEFT:
 
 ```python
 from peft import PeftModel
@@ -82,9 +89,10 @@ def use_model(report: Report, words: Sequence[str], *, masked: bool) -> str:
     said = "".join(f"\n{sentence}\n" for sentence in words)
     auto = "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"
     served = "" if masked else "\nWith vLLM (not tested by the job):\n\n```sh\nvllm serve ./model\n```\n"
+    what = "unchanged" if unchanged(report) else "with the pruned weights in them"
     return f"""## Use
 
-These are the base model's files with the pruned weights in them.
+These are the base model's files, {what}.
 {said}
 With transformers:
 

@@ -66,7 +66,7 @@ def adapt(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", allow_dash=True, help="JSON lines or CSV, an example a line; - for stdin.")
     ],
-    model: Annotated[str, typer.Option(help="ID of an installed model; `c2i models` lists them.")],
+    model: Annotated[str, typer.Option(help="ID of an installed model; `c2i models add ID` installs one.")],
     out: Annotated[Path, typer.Option(help="A new folder for adapter/, model/ and report.json.")],
     goal: Annotated[str, typer.Option(help="improve, or compress for a smaller model.")] = "improve",
     target: Annotated[
@@ -86,7 +86,9 @@ def adapt(
     quantize: Annotated[str | None, typer.Option(help="int8 or int4: also store the result in fewer bits.")] = None,
     gguf: Annotated[str | None, typer.Option(help="f16 or q8_0: also write one file for llama.cpp.")] = None,
     gradient: Annotated[int | None, typer.Option(help="The first N rows are the gradient split.")] = None,
-    selection: Annotated[int, typer.Option(help="With --gradient: the next N rows select; 0 cross-fits.")] = 0,
+    selection: Annotated[
+        int, typer.Option(help="With --gradient: the next N rows select; 0: halves of its rows, cross-fitted under 60.")
+    ] = 0,
     test: Annotated[int | None, typer.Option(help="With --gradient: the next N rows test; all that are left.")] = None,
     data: Annotated[Path | None, typer.Option(help="Data folder, the same as the service's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
@@ -141,7 +143,7 @@ def gguf(
     out: Annotated[Path, typer.Option(metavar="FILE", help="A new file.")],
     kind: Annotated[str, typer.Option("--type", help="f16, or q8_0 for 8 bits.")] = "q8_0",
 ) -> None:
-    """Write a checkpoint as one GGUF file, which llama.cpp and what is built on it load.
+    """Write a checkpoint as one GGUF file, the format of llama.cpp and what is built on it.
 
     Example: c2i gguf adapted/model --out model.gguf
     """
@@ -154,7 +156,7 @@ def gguf(
 
 def bench(
     data: Annotated[Path, typer.Option(help="Folder of task files, TASK.jsonl with one example a line.")],
-    model: Annotated[str, typer.Option(help="ID of an installed model; `c2i models` lists them.")],
+    model: Annotated[str, typer.Option(help="ID of an installed model; `c2i models add ID` installs one.")],
     out: Annotated[Path, typer.Option(help="Folder for bench.json, tables and plots; a run there goes on.")],
     tasks: Annotated[str | None, typer.Option(help="Names of task files; all, if not given.")] = None,
     methods: Annotated[

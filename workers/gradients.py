@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,8 @@ from workers.recorders import ComponentRecorder, Recorder, recorder_of, wide_eno
 from workers.spectrum import Spectrum
 from workers.structures import Unit
 from workers.targets import Target, decoder_blocks
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +73,17 @@ def _hooked(model: nn.Module, recorders: Sequence[Recorder]) -> Iterator[None]:
             parameter.requires_grad_(False)
             stack.callback(parameter.requires_grad_, True)
         embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-        handles = [embeddings.register_forward_hook(lambda *call: call[2].requires_grad_(True))]
+        handles = [embeddings.register_forward_hook(want_gradient)]
         handles += [handle for recorder in recorders for handle in recorder.attach()]
         for handle in handles:
             stack.callback(handle.remove)
         yield
+
+
+def want_gradient(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    """A forward hook of the embeddings, by which the first block's input has a gradient. A copy is handed on: a model
+    may change what it is given in place (CTRL scales it), which autograd allows of no leaf."""
+    return output.requires_grad_(True).clone()
 
 
 def effects(
@@ -107,8 +116,23 @@ def effects(
     recorders += [recorder_of(unit, N, dtype) for unit in units]
     loss = torch.zeros(N, dtype=dtype)
     done = 0
-    with _hooked(model, recorders), _Backward(model, objective, recorders) as backward:
-        for batch, loss_of_each in in_batches(encoded, layout, "backward", backward):
+    device = next(model.parameters()).device
+
+    def backward(batch: Batch) -> Tensor:
+        """(E,): the examples' losses."""
+        on_device = batch.to(device)
+        examples = torch.tensor(batch.examples, device=device)
+        for recorder in recorders:
+            recorder.rows = examples[on_device.row_example]
+            recorder.tokens = batch.input_ids.shape[1]
+            recorder.effect[examples] = 0  # of an attempt that ran out of memory half way
+        with torch.enable_grad():
+            loss = losses(score(model, on_device), on_device, objective)
+            loss.sum().backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    with _hooked(model, recorders), Checkpointing(model) as within_memory:
+        for batch, loss_of_each in in_batches(encoded, layout, "backward", within_memory(backward)):
             loss[batch.examples] = loss_of_each.to("cpu", dtype)
             done += len(batch.examples)
             on_batch(done / N)
@@ -126,41 +150,31 @@ def effects(
     return Effects(found, loss, seconds, seconds - hooks), unreached
 
 
-class _Backward(ExitStack):
-    """Forward and backward of one batch. From the first example on that alone is too much for memory, blocks are
-    checkpointed: they keep their inputs alone and are computed again in the backward."""
+class Checkpointing(ExitStack):
+    """For what takes gradients batch by batch: from the first example on that alone is too much for memory, blocks are
+    checkpointed, until the context ends. They keep their inputs alone and are computed again in the backward."""
 
-    def __init__(self, model: nn.Module, objective: Objective, recorders: Sequence[Recorder]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.objective = objective
-        self.recorders = recorders
-        self.checkpointing = False
+        self.on = False
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """(E,): the examples' losses."""
-        try:
-            return self._run(batch)
-        except Exception as error:
-            if self.checkpointing or len(batch.examples) > 1 or not is_out_of_memory(error):
-                raise
-        free_memory()
-        self.enter_context(checkpointed(self.model))
-        self.checkpointing = True
-        return self._run(batch)
+    def __call__(self, run: Callable[[Batch], Result]) -> Callable[[Batch], Result]:
+        """`run`, run again where it was out of memory for want of checkpointing: what a failure leaves behind must not
+        count."""
 
-    def _run(self, batch: Batch) -> Tensor:
-        device = next(self.model.parameters()).device
-        on_device = batch.to(device)
-        examples = torch.tensor(batch.examples, device=device)
-        for recorder in self.recorders:
-            recorder.rows = examples[on_device.row_example]
-            recorder.tokens = batch.input_ids.shape[1]
-            recorder.effect[examples] = 0  # of an attempt that ran out of memory half way
-        with torch.enable_grad():
-            loss = losses(score(self.model, on_device), on_device, self.objective)
-            loss.sum().backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
+        def within_memory(batch: Batch) -> Result:
+            try:
+                return run(batch)
+            except Exception as error:
+                if self.on or len(batch.examples) > 1 or not is_out_of_memory(error):
+                    raise
+            free_memory()
+            self.enter_context(checkpointed(self.model))
+            self.on = True
+            return run(batch)
+
+        return within_memory
 
 
 @contextmanager

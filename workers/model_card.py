@@ -15,10 +15,9 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from service.curves import filled
-from service.goals import Goal
 from service.jobs import PromptFormat
 from service.reports import CurvePoint, Metrics, Report, Shipped
-from workers.card_usage import ask, use_adapter, use_factored, use_model
+from workers.card_usage import ask, unchanged, use_adapter, use_factored, use_model
 from workers.quantized_card import quantized_use, size_table
 
 MOST_LABELS = 12
@@ -110,7 +109,7 @@ def _front_matter(
         EvalResult(
             task_type=pipeline,
             dataset_type="private",
-            dataset_name=f"{report.splits.test} test examples of the job",
+            dataset_name=f"{report.splits.test} {_kind(report)} of the job",
             metric_type=metric,
             metric_name=name,
             metric_value=round(value, 4),
@@ -125,17 +124,21 @@ def _front_matter(
         pipeline_tag=pipeline,
         license=licence,
         tags=["compress-to-impress", "low-rank", *(["lora"] if relation == "adapter" else [])],
-        model_name=f"{report.model.id.rpartition('/')[2]}-compressed-to-impress",
+        model_name=report.model.id.rpartition("/")[2] + ("" if unchanged(report) else "-compressed-to-impress"),
         eval_results=results,
     )
     return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _kind(report: Report) -> str:
+    return "cross-validated examples" if report.splits.cross_validated else "test examples"
 
 
 def _about(report: Report, licence: str | None) -> str:
     model, splits = report.model, report.splits
     selected = f"cross-fitted over {splits.folds} folds" if splits.folds else f"{splits.selection} to select on"
     tested = f"cross-validated on {splits.test}" if splits.cross_validated else f"tested on {splits.test} others"
-    if report.improved or report.goal is Goal.COMPRESS:
+    if not unchanged(report):
         done = (
             f"{report.removed.of(model.components)} of the model's "
             f"{model.target_modules} weights were removed, in {report.removed.modules} of them. Nothing was trained "
@@ -143,7 +146,7 @@ def _about(report: Report, licence: str | None) -> str:
         )
     else:
         done = "No removal was significantly better than the base model, so this is the base model, unchanged."
-    return f"""# {model.id}, compressed to impress
+    return f"""# {model.id}, {"unchanged" if unchanged(report) else "compressed to impress"}
 
 {done}
 
@@ -163,7 +166,8 @@ def _about(report: Report, licence: str | None) -> str:
 {_results(report)}
 
 {_curve(report)}
-{size_table(report)}Intervals are 95 %. Out of the test examples, {report.gained} were gained and {report.lost} lost.
+{size_table(report)}Intervals are 95 %. Of {splits.test} {_kind(report)} \
+{report.gained} came right and {report.lost} went wrong.
 
 {_plan(report)}## Side effects
 
@@ -253,7 +257,7 @@ def _plan(report: Report) -> str:
 
 
 def _side_effects(report: Report) -> str:
-    if not report.improved and report.goal is Goal.IMPROVE:
+    if unchanged(report):
         return "None: it is the base model."
     drift = "not finite" if report.drift.value is None else f"{report.drift.value:.3g} nats a token"
     return (

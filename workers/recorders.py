@@ -82,7 +82,7 @@ class Recorder(ABC):
             self._note_call(inputs[0])
             value = inputs[0].detach() if with_input else output
             tapped: Tensor = _Tap.apply(output, value, self)  # type: ignore[no-untyped-call]
-            return tapped
+            return tapped.clone()  # a model may change it in place (OLMo clips queries), which is allowed of no view
 
         return module.register_forward_hook(hook)
 

@@ -88,11 +88,11 @@ def make_report(spec: JobSpec, model: Model, found: Findings, cost: Cost) -> Rep
     # JSON has no infinity, and a broken model no differences.
     first = found.first if found.first and not found.first.outcome.broken else None
     returned = found.last if found.verdict.returned else found.base
-    entries = _plan_entries(found.subject, found.plan)
+    entries = plan_entries(found.subject, found.plan)
     gained, lost = changes(base.right, returned.outcome.right)
     structures = _removed_structures(found.subject, found.plan)
     branches, _ = find_branches(found.subject.model, find_targets(found.subject.model)[0])
-    modules = _target_modules(found.targets)
+    modules = target_modules(found.targets, found.subject, found.plan)
     parameters = sum(p.numel() for p in found.subject.model.parameters())
     return Report(
         improved=found.verdict.improved,
@@ -186,11 +186,15 @@ def _outlook(spec: JobSpec, search: Search) -> Outlook:
     return Outlook(still_falling=falling, next_pass_seconds=seconds, message=message)
 
 
-def _target_modules(targets: Sequence[Target]) -> list[TargetModule]:
-    """Each module once, with the components of all its row blocks."""
-    sizes: dict[str, int] = {}
-    for target in targets:
-        sizes[target.module_name] = sizes.get(target.module_name, 0) + min(target.shape)
+def target_modules(targets: Sequence[Target], subject: Subject, plan: Plan) -> list[TargetModule]:
+    """Each module once, with the components of all its row blocks; of one that is ranked as a whole and has lost some
+    in row blocks, those of these blocks."""
+    ranked = {target.name for target in targets}
+    blocks = [t for t in subject.targets if plan.components.get(t.name) and t.name not in ranked]
+    divided = {target.module_name for target in blocks}
+    sizes = dict.fromkeys((target.module_name for target in targets), 0)  # in the order of the model
+    for target in [*(t for t in targets if t.module_name not in divided), *blocks]:
+        sizes[target.module_name] += min(target.shape)
     by_name = {target.module_name: target for target in targets}
     return [
         TargetModule(module=name, layer=by_name[name].layer, kind=by_name[name].kind, components=size)
@@ -226,20 +230,22 @@ def _removed_structures(subject: Subject, plan: Plan) -> list[RemovedStructures]
     ]
 
 
-def _plan_entries(subject: Subject, plan: Plan) -> list[PlanEntry]:
+def plan_entries(subject: Subject, plan: Plan) -> list[PlanEntry]:
+    """What a plan removes of each weight, or of each of its row blocks."""
     entries = []
     for target in subject.targets:
         components = plan.components.get(target.name)
         if components:
             S = subject.spectra[target.name].S.double()
-            removed = torch.linalg.vector_norm(S[list(components)]) / torch.linalg.vector_norm(S)
+            removed = torch.linalg.vector_norm(S[list(components)])
+            whole = torch.linalg.vector_norm(target.whole_weight, dtype=torch.float64)
             entries.append(
                 PlanEntry(
                     module=target.module_name,
                     rows=target.rows.label if target.rows else None,
                     shape=target.shape,
                     components=list(components),
-                    relative_norm=float(removed),
+                    relative_norm=float(removed / whole.to(removed.device)),
                 )
             )
     return entries

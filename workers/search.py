@@ -13,7 +13,7 @@ effects are per example.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from service.errors import UnusableModel
 from service.jobs import Stage
 from service.reports import Candidate, PassReport
-from workers.bounds import DriftBound
+from workers.bounds import DriftBound, with_refused
 from workers.evaluation import Outcome, paired_p
 from workers.examples import Encoded
 from workers.gradients import Effects, effects
@@ -96,16 +96,23 @@ class Search:
 
     def run(self, passes: int, on_step: OnStep) -> None:
         """Up to `passes` passes; the first that is not accepted is the last."""
+        for _ in self.each_pass(passes, on_step):
+            pass
+        returned = self.result_after(passes)
+        for k in range(returned, len(self.plans) - 1):
+            self.passes[k] = self.passes[k].model_copy(update={"withdrawn": True})
+
+    def each_pass(self, passes: int, on_step: OnStep) -> Iterator[PassReport]:
+        """The same for who looks at what stands after each pass. None is told to be withdrawn."""
         self.begin()
         for number in range(1, passes + 1):
             report, outcome = self.one_pass(number, self.outcomes[-1], on_step)
             self.passes.append(report)
+            if report.accepted:
+                self.keep(outcome)
+            yield report
             if not report.accepted:
-                break
-            self.keep(outcome)
-        returned = self.result_after(passes)
-        for k in range(returned, len(self.plans) - 1):
-            self.passes[k] = self.passes[k].model_copy(update={"withdrawn": True})
+                return
 
     def begin(self) -> None:
         """Judge the base."""
@@ -199,7 +206,8 @@ class Search:
                 trials = self._try_all(self.jury.allowed(proposed, refused), len(proposed), on_trial)
             candidates += [trial.report(current) for trial in trials]
             choice = self._choose(trials, current)
-            choices.append(replace(choice, reason=_with_refused(choice.reason, trials, refused)))
+            told = with_refused(choice.reason, len(trials), refused, nested=self.proposer.nested)
+            choices.append(replace(choice, reason=told))
             for j, (track, pick) in enumerate(zip(self.all_tracks, choices[-1].picks, strict=True)):
                 if pick is not None:
                     track.plan = track.plan.union(pick.proposal.addition(j))
@@ -285,11 +293,3 @@ class Search:
             for effect in found.by_module.values():  # of a model that removals broke on an example, nothing is known
                 effect[~finite.to(effect.device)] = 0
         return found
-
-
-def _with_refused(reason: str, trials: Sequence[Trial], refused: Sequence[Proposal]) -> str:
-    if not refused:
-        return reason
-    if not trials:
-        return "the least that could be removed would take the drift over max_drift"
-    return f"{reason}; removing {refused[-1].description} would take the drift over max_drift"

@@ -118,6 +118,7 @@ class SpectrumCache:
             handle, name = tempfile.mkstemp(dir=self.folder, prefix=_WRITING)
             try:
                 with os.fdopen(handle, "wb") as file:
+                    os.fchmod(handle, 0o644)  # for workers of other users too
                     file.write(_seal(path.name, payload) + payload)
                 Path(name).replace(path)
             except OSError:

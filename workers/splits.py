@@ -1,8 +1,9 @@
 """Which examples are ranked by, selected on and tested on: three disjoint parts, by seed.
 
 What a job brings itself (`validation` is the selection split, `test` the test split) is taken as it is; the rest is
-split off `examples`. Under `CROSS_FIT_BELOW` examples there is nothing to split off: gradient and selection are
-cross-fitted over folds, and where no test split was brought either, the estimate is the cross-validated one.
+split off `examples`, the test split off a `validation` that is large enough. Under `CROSS_FIT_BELOW` examples there is
+nothing to split off: gradient and selection are cross-fitted over folds, and where no test split was brought either,
+the estimate is the cross-validated one (`service.division` has the rule).
 """
 
 from __future__ import annotations

@@ -36,16 +36,20 @@ class Verdict:
         return replace(self, sentence=f"{left}; {self.sentence}")
 
 
-def judge(base: Outcome, adapted: Outcome, sizes: SplitSizes, seed: int, *, removed: int) -> Verdict:
+def judge(
+    base: Outcome, adapted: Outcome, sizes: SplitSizes, seed: int, *, removed: int, bounded: bool = False
+) -> Verdict:
     """Compare two models on one split and decide which is returned.
 
     Args:
         removed: how many components the adapted model lacks.
+        bounded: whether the job has a `max_drift`, which may have kept some from being tried.
     """
     unchanged = differences(base, base, seed)
     where = f"{sizes.test} {'cross-validated' if sizes.cross_validated else 'unseen'} examples"
     if not removed:
-        sentence = "No significant improvement: no removal lowered the loss reliably. The base model is returned."
+        which = "no removal within max_drift" if bounded else "no removal"
+        sentence = f"No significant improvement: {which} lowered the loss reliably. The base model is returned."
         return Verdict(False, False, sentence, unchanged[0], unchanged)
     if adapted.broken:
         told = f"the removal leaves the model without a finite loss on {adapted.broken} of them"

@@ -142,7 +142,7 @@ def events(terms: Terms, job_id: str, *, after: str | None = None) -> Stream[Job
 
 
 def report(terms: Terms, job_id: str) -> Flow[Report]:
-    """What a job gained on examples that it had not seen, and everything that it did."""
+    """What a job gained on its test split, or cross-validated, and everything that it did."""
     response = yield from ask(terms, Request("GET", f"/v1/jobs/{quote(job_id, safe='')}/report"))
     return parse(terms, response, Report)
 

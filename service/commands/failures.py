@@ -72,7 +72,8 @@ def _next_step(error: C2IError) -> str | None:
     if isinstance(error, Conflict) and not error.message.startswith("the job "):
         return None  # a port, say, or a folder in use: the message names what to choose
     if type(error) is InvalidInput and LINE_OF_A_FILE.search(error.message):
-        return "mend the line; --dry-run checks the file and makes no job"
+        return "mend the line" + ("; --dry-run checks the file and makes no job" if sys.argv[1] == "submit" else "")
     if isinstance(error, InvalidInput) and error.param:
-        return f"`c2i {sys.argv[1]} --help` says what there is to choose"
+        of_a_file = error.param.startswith(("examples", "validation", "test"))
+        return None if of_a_file else f"`c2i {sys.argv[1]} --help` says what there is to choose"
     return next((step for kind, step in NEXT.items() if isinstance(error, kind)), None)

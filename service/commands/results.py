@@ -33,7 +33,7 @@ def report(
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Show what a job gained on examples that it had not seen, and where it removed what.
+    """Show what a job gained, on its test split or cross-validated, and where it removed what.
 
     Example: c2i report JOB
     """

@@ -52,8 +52,8 @@ def submit(
 ) -> None:
     """Submit a job; prints its ID.
 
-    An example has "prompt", "completion" and, if you like, "choices". A CSV has columns of these names, and choices in
-    one cell with | between them.
+    An example has "prompt", "completion" and, if you like, "choices"; in a chat also "turns" before the prompt. A CSV
+    has columns of the first three names, and choices in one cell with | between them.
 
     Example: c2i submit task.jsonl --model smollm2-135m-instruct --passes 4 --wait
     """

@@ -93,7 +93,7 @@ def get_report(
     if_none_match: IfNoneMatch = None,
     accept: Annotated[str, Header(include_in_schema=False)] = "",
 ) -> Response:
-    """What was gained on unseen examples, what was removed, tried and measured."""
+    """What was gained, on the test split or cross-validated, what was removed, tried and measured."""
     shown = _prefers_html(accept)
     response = get_file(caller, service, job_id, "report.html" if shown else "report.json", if_none_match)
     response.headers["Vary"] = "Accept"
@@ -149,7 +149,7 @@ def get_file(
 @router.get("/adapter.zip", response_class=StreamingResponse, responses=ERRORS)
 @router.head("/adapter.zip", include_in_schema=False)
 def get_adapter(caller: Reader, service: TheService, job_id: JobId, if_none_match: IfNoneMatch = None) -> Response:
-    """The adapter's folder, as PEFT and LoRA servers load it, with the report."""
+    """The adapter's folder in PEFT's format, with the report."""
     return _archive(service, _finished(caller, service, job_id), "adapter", "adapter/", if_none_match)
 
 

@@ -44,7 +44,7 @@ function homeView(signal) {
     h(
       "p",
       { class: "intro" },
-      "Send a few dozen examples. Components of the model's weights that stand in the task's way are removed; nothing is trained, nothing added. The report says what that gained on examples that were held back.",
+      "Send a hundred examples of a task, or as many as you have from eight up. Components of the model's weights that stand in the task's way are removed; nothing is trained, nothing added. The report says what that gained on examples that were held back; with fewer than 60 it is an estimate by cross-validation.",
     ),
     h("div", { class: "home" }, submitForm(service, signal), jobList(signal)),
   );

@@ -17,7 +17,7 @@ export function downloads(id, files) {
   const single = (path) => files.find((file) => file.path === path)?.bytes ?? 0;
   const gguf = files.find((file) => file.path.startsWith("gguf/"))?.path ?? "";
   const offered = [
-    ["adapter.zip", "Adapter", "a LoRA for PEFT, vLLM and others, with the report", folder("adapter"), `/v1/jobs/${id}/adapter.zip`],
+    ["adapter.zip", "Adapter", "a LoRA in PEFT's format, with the report", folder("adapter"), `/v1/jobs/${id}/adapter.zip`],
     ...pointsOf(files).map((point) => [
       `point-${point}.zip`, `Model of point ${point}`, "a step on the way, larger than the last", folder(`points/${point}`), `/v1/jobs/${id}/model.zip?point=${point}`,
     ]),

@@ -2,7 +2,8 @@
 // before anything is sent. What only the server can know (too long for the model, say) it tells by index.
 
 /**
- * @typedef {{prompt: string, completion: string, choices?: string[]|null}} Example
+ * @typedef {{prompt: string, completion: string, choices?: string[]|null, turns?: Turn[]|null}} Example
+ * @typedef {{role: string, content: string}} Turn
  * @typedef {{line: number, example: Example|null, problem: {field: string, message: string}|null}} Row
  * @typedef {{kind: "jsonl"|"csv", rows: Row[], problem: string|null, columns?: string[], records?: Record[]}} Parsed
  * @typedef {{line: number, cells: string[]}} Record
@@ -12,7 +13,9 @@
 
 const MAX_CHOICES = 1_000;
 const MAX_CHARACTERS = 1_000_000;
-const FIELDS = new Set(["prompt", "completion", "choices"]);
+const MAX_TURNS = 100;
+const FIELDS = new Set(["prompt", "completion", "choices", "turns"]);
+const ROLES = ["system", "user", "assistant"];
 /** So many different answers are likely to be all there are. */
 export const FEW_CHOICES = 20;
 
@@ -150,8 +153,16 @@ function checkExample(example) {
     if (text.length > MAX_CHARACTERS) return wrong(field, "over a million characters");
   }
   const extra = Object.keys(example).find((name) => !FIELDS.has(name));
-  if (extra !== undefined) return wrong(extra, "no such field; an example has prompt, completion and choices");
-  return example.choices === undefined || example.choices === null ? null : checkChoices(example);
+  if (extra !== undefined) return wrong(extra, "no such field; an example has prompt, completion, choices and, in a chat, turns");
+  return (example.choices ?? null) === null ? checkTurns(example) : checkChoices(example) ?? checkTurns(example);
+}
+
+function checkTurns({ turns }) {
+  if ((turns ?? null) === null) return null;
+  if (!Array.isArray(turns)) return wrong("turns", "a list is wanted");
+  if (turns.length > MAX_TURNS) return wrong("turns", `at most ${MAX_TURNS} turns`);
+  const isTurn = (turn) => ROLES.includes(turn?.role) && typeof turn.content === "string" && Object.keys(turn).length === 2;
+  return turns.every(isTurn) ? null : wrong("turns", `each has a role (${ROLES.join(", ")}) and a content`);
 }
 
 function checkChoices({ completion, choices }) {
@@ -168,8 +179,8 @@ function checkChoices({ completion, choices }) {
 }
 
 function checkRepeated(row, seen) {
-  const { prompt, completion, choices } = row.example;
-  const known = JSON.stringify([prompt, [...(choices ?? [])].sort()]);
+  const { prompt, completion, choices, turns } = row.example;
+  const known = JSON.stringify([prompt, [...(choices ?? [])].sort(), (turns ?? []).map(({ role, content }) => [role, content])]);
   const first = seen.get(known);
   if (first === undefined) seen.set(known, { line: row.line, completion });
   else if (first.completion !== completion) {

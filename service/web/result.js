@@ -193,7 +193,7 @@ function removed(report) {
     const before = gone.get(entry.module) ?? { removed: 0, norm: 0 };
     gone.set(entry.module, {
       removed: before.removed + entry.components.length,
-      norm: Math.max(before.norm, entry.relative_norm),
+      norm: Math.hypot(before.norm, entry.relative_norm),  // row blocks have no entry of the weight in common
     });
   }
   const cells = (report.modules ?? []).map((module) => ({ removed: 0, norm: 0, ...module, ...gone.get(module.module) }));

@@ -47,7 +47,7 @@ export function submitForm(service, signal) {
   const dropped = h(
     "div",
     { class: "drop", ondragover: over, ondragleave: over, ondrop: drop },
-    field("Examples", text, "JSON lines or CSV: paste, drop a file here, or choose one. The task is learnt from them, and judged on a part that is held back."),
+    field("Examples", text, "JSON lines or CSV: paste, drop a file here, or choose one. The task is learnt from them; from 60 on a part is held back to judge, with fewer the result is cross-validated."),
     longer,
     h(
       "div",

@@ -21,7 +21,8 @@ from workers.benchmark.tasks import Split
 from workers.drift import NeutralText, encode_neutral, paragraphs
 from workers.evaluation import Outcome, evaluate, losses, score
 from workers.examples import Batch, Encoded, Layout
-from workers.loading import Checkpoint, load
+from workers.gradients import Checkpointing, want_gradient
+from workers.loading import Checkpoint
 from workers.spectrum import Spectrum, SpectrumCache
 from workers.subject import Subject
 from workers.targets import Target, find_targets
@@ -42,13 +43,14 @@ class Bench:
     neutral: NeutralText
 
     @classmethod
-    def load(cls, model: Model, cache: Path) -> Bench:
-        """
+    def prepare(cls, model: Model, base: Checkpoint, cache: Path) -> Bench:
+        """Decompose, and note what the base predicts on neutral text.
+
         Args:
             model: an installed model that `service.models.resolve` has checked.
+            base: its checkpoint, loaded.
             cache: the data folder's cache, which holds the decompositions.
         """
-        base = load(model.folder)
         targets, _ = find_targets(base.model)
         decompose = SpectrumCache(cache / "spectra").get
         spectra = {target.name: decompose(target.weight) for target in targets}
@@ -97,17 +99,18 @@ class Cell:
         return outcome, now() - started
 
 
-def encode_split(bench: Bench, split: Split) -> Encodings:
+def encode_split(base: Checkpoint, split: Split, context: int | None) -> Encodings:
     """Tokenise a cell's rows.
+
+    Args:
+        context: most tokens that the model takes; None for no limit.
 
     Raises:
         InvalidInput: the file and line of an example that is too long, or that the tokenizer leaves nothing of.
     """
     try:
         gradient, selection, test = (
-            encode_for(
-                bench.base, examples, prompt_format=PromptFormat.TEXT, context=bench.model.context_length, name=name
-            )
+            encode_for(base, examples, prompt_format=PromptFormat.TEXT, context=context, name=name)
             for name, examples in (("examples", split.gradient), ("validation", split.selection), ("test", split.test))
         )
     except InvalidInput as error:
@@ -142,15 +145,16 @@ def measure_fb(model: nn.Module, rows: Sequence[Encoded], layout: Layout) -> flo
 
     with frozen(model):
         embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-        # The first block's input wants a gradient, so that one flows through all blocks.
-        handle = embeddings.register_forward_hook(lambda *call: call[2].requires_grad_(True))
+        handle = embeddings.register_forward_hook(want_gradient)
         try:
-            # The longest rows come first: what memory does not hold is known before the clock runs.
-            next(in_batches(rows, layout, "backward", forward_backward))
-            started = now()
-            for _ in in_batches(rows, layout, "backward", forward_backward):
-                pass
-            return now() - started
+            with Checkpointing(model) as within_memory:
+                run = within_memory(forward_backward)
+                # The longest rows come first: what memory does not hold is known before the clock runs.
+                next(in_batches(rows, layout, "backward", run))
+                started = now()
+                for _ in in_batches(rows, layout, "backward", run):
+                    pass
+                return now() - started
         finally:
             handle.remove()
 

@@ -8,8 +8,9 @@ import torch
 
 
 def now() -> float:
-    """Seconds that this process has computed, on the mean of its threads: what a wall clock would show if it had the
-    cores to itself, so that other processes on them make no method look dear. With a GPU, the wall clock, once all that
+    """Seconds of processor time over the number of torch's threads: what a wall clock would show of work that keeps all
+    of them busy, if it had the cores to itself, so that other processes on them make no method look dear. Of work on
+    one thread it shows less, unless there is but one (`OMP_NUM_THREADS=1`). With a GPU, the wall clock, once all that
     was asked of the GPU is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -27,6 +27,7 @@ from workers.benchmark.cells import OBJECTIVE, Cell, frozen
 from workers.benchmark.clock import now
 from workers.evaluation import Outcome, evaluate, losses, score
 from workers.examples import Batch
+from workers.gradients import Checkpointing
 from workers.progress import folder_bytes
 
 RANK = 8
@@ -110,17 +111,18 @@ def _epochs(cell: Cell, trained: list[nn.Parameter], learning_rate: float) -> It
     yield 0
     for epoch in range(1, EPOCHS + 1):
         order = rng.permutation(len(rows)).tolist()
-        for start in range(0, len(rows), BATCH):
-            chosen = [rows[i] for i in order[start : start + BATCH]]
-            optimizer.zero_grad()
-            # More than one where the rows are long.
-            for _, gradients in in_batches(chosen, cell.layout, "backward", partial(gradients_of, count=len(chosen))):
-                for parameter, gradient in zip(trained, gradients, strict=True):
-                    if gradient is not None:
-                        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-            nn.utils.clip_grad_norm_(trained, LARGEST_NORM)
-            optimizer.step()
-            schedule.step()
+        with Checkpointing(model) as within_memory:
+            for start in range(0, len(rows), BATCH):
+                chosen = [rows[i] for i in order[start : start + BATCH]]
+                run = within_memory(partial(gradients_of, count=len(chosen)))
+                optimizer.zero_grad()
+                for _, gradients in in_batches(chosen, cell.layout, "backward", run):  # several where rows are long
+                    for parameter, gradient in zip(trained, gradients, strict=True):
+                        if gradient is not None:
+                            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+                nn.utils.clip_grad_norm_(trained, LARGEST_NORM)
+                optimizer.step()
+                schedule.step()
         yield epoch
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -91,25 +91,27 @@ def units(methods: Sequence[str]) -> list[list[str]]:
     return [*found, searched] if searched else found
 
 
-def measure(cell: Cell, unit: Sequence[str], gradient: Sequence[Example]) -> Measurement:
-    """Run one unit of methods.
+def measure(cell: Cell, unit: Sequence[str], gradient: Sequence[Example]) -> Iterator[Measurement]:
+    """Run one unit of methods, and give each as soon as it is measured.
 
     Args:
         gradient: the gradient split's examples as text.
     """
     name = unit[0]
     if COMPONENTS.fullmatch(name):
-        return components(cell, [passes_of(method) for method in unit])
-    if name == "base":
-        return Measurement({name: Measured(cell.base, cell.base_seconds, drift=0.0)})
-    if name == "majority":
-        return Measurement({name: Measured(majority(cell), 0.0)})
-    if name == "fewshot":
-        return Measurement({name: _fewshot(cell, gradient)})
-    if name == "lora":
-        return Measurement({name: _lora(cell)})
-    method = structures.parse(name)
-    return grid_search(cell, name) if method is None else remove_structures(cell, name, method)
+        yield from components(cell, [passes_of(method) for method in unit])
+    elif name == "base":
+        yield Measurement({name: Measured(cell.base, cell.base_seconds, drift=0.0)})
+    elif name == "majority":
+        yield Measurement({name: Measured(majority(cell), 0.0)})
+    elif name == "fewshot":
+        yield Measurement({name: _fewshot(cell, gradient)})
+    elif name == "lora":
+        yield Measurement({name: _lora(cell)})
+    elif method := structures.parse(name):
+        yield remove_structures(cell, name, method)
+    else:
+        yield grid_search(cell, name)
 
 
 def passes_of(method: str) -> int:
@@ -155,25 +157,31 @@ def _lora(cell: Cell) -> Measured:
     )
 
 
-def components(cell: Cell, passes: Sequence[int]) -> Measurement:
-    """One search of as many passes as the most asked for. After K of them it stood where a search of K passes ends,
-    to the bit, so that it answers for fewer too."""
+def components(cell: Cell, passes: Sequence[int]) -> Iterator[Measurement]:
+    """One search of as many passes as the most asked for. After K of them it stands where a search of K passes ends,
+    to the bit, so that it answers for fewer too, as soon as it is there.
+
+    Args:
+        passes: ascending.
+    """
     pool, track = _pool(cell)
     search = Search(cell.subject, pool, [track], track)
     search.clock.now = now
-    started = now()
-    search.run(max(passes), _silent)
-    seconds = now() - started
-    before_passes = seconds - sum(report.seconds for report in search.passes)
     tested: dict[int, Measured] = {}
-    by_method: dict[str, Measured] = {}
-    for asked in passes:
-        k = search.result_after(asked)
-        if k not in tested:
-            tested[k] = _removal(cell, cell.subject, search.plans[k], k)
-        spent = before_passes + sum(report.seconds for report in search.passes[:asked])
-        by_method[f"components:{asked}"] = replace(tested[k], seconds=spent)
-    return Measurement(by_method, [row for report in search.passes for row in _candidates(cell, "components", report)])
+    candidates: list[CandidateRow] = []
+    left = list(passes)
+    spent, started = 0.0, now()
+    for report in search.each_pass(left[-1], _silent):
+        # Of the first, with the judging of the base; the tests between passes are no part of it.
+        spent += report.seconds if spent else now() - started
+        candidates += _candidates(cell, "components", report)
+        ended = not report.accepted
+        while left and (ended or left[0] == report.number):
+            asked = left.pop(0)
+            k = search.result_after(asked)
+            if k not in tested:
+                tested[k] = _removal(cell, cell.subject, search.plans[k], k)
+            yield Measurement({f"components:{asked}": replace(tested[k], seconds=spent)}, candidates)
 
 
 def _removal(cell: Cell, subject: Subject, plan: Plan, passes: int) -> Measured:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from workers.benchmark.records import CandidateRow, Records, Row
-from workers.benchmark.tables import label, methods_of, metric
+from workers.benchmark.tables import label, mean, methods_of, metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,14 +64,14 @@ def draw_costs(axes: Axes, rows: Sequence[Row]) -> None:
         mine = [row for row in rows if row.method == method]
         tasks = sorted({row.task for row in mine})
         heights = [float(np.mean([metric(row) for row in mine if row.task == task])) for task in tasks]
-        height = float(np.mean([metric(row) for row in mine]))
+        height = mean(mine, metric)
         if method in FREE:
             axes.axhline(height, color="0.4", linestyle=FREE[method], label=f"{label(method)} (mean, no cost)")
             continue
         colour, marker = next(styles)
         costs = [float(np.mean([row.fb for row in mine if row.task == task])) for task in tasks]
         axes.scatter(costs, heights, s=22, color=colour, marker=marker, alpha=0.45, linewidths=0)
-        cost = float(np.mean([row.fb for row in mine]))
+        cost = mean(mine, lambda row: row.fb)
         # A mean over other tasks than the rest is not to be compared with theirs: it says of how many it is.
         named = label(method) if len(tasks) == every else f"{label(method)} ({len(tasks)} of {every} tasks)"
         axes.scatter([cost], [height], s=150, color=colour, marker=marker, edgecolors="black", label=named)

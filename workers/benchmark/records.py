@@ -163,8 +163,9 @@ class Records:
                         f"{self.folder} was measured with {name} {_shown(old)}, not {_shown(new)}; name a new folder",
                         param="model" if name == "revision" else name if name != "objective" else "out",
                     )
+            measured = {row.task for row in self.rows()}
             for task, digest in run.tasks.items():
-                if there.tasks.get(task, digest) != digest:
+                if task in measured and there.tasks.get(task, digest) != digest:
                     raise InvalidInput(
                         f"{task}.jsonl is not the file that {self.folder} was measured on; name a new folder",
                         param="data",

@@ -25,6 +25,7 @@ from workers.benchmark.records import Lines, Records, Row, Run
 from workers.benchmark.tables import write_tables
 from workers.benchmark.tasks import Sizes, Split, Task, split
 from workers.evaluation import Outcome, mcnemar_p, metrics
+from workers.loading import load
 from workers.proposals import plural
 
 PACKAGES = ("compress-to-impress", "torch", "transformers", "peft", "numpy", "scipy")
@@ -86,8 +87,9 @@ def run(
     failed: list[str] = []
     if pending:
         say(f"loading {model.id}")
-        bench = Bench.load(model, cache)
-        encodings = {id(cell): encode_split(bench, cell.split) for cell in pending}
+        base = load(model.folder)
+        encodings = {id(cell): encode_split(base, cell.split, model.context_length) for cell in pending}
+        bench = Bench.prepare(model, base, cache)
         clock = _Clock([unit for cell in pending for unit in units(cell.left(records, methods))])
         for cell in _claimed(records, pending):
             for failure in _measure_cell(cell, bench, encodings[id(cell)], records, methods, clock, say):
@@ -137,17 +139,17 @@ def _measure_cell(
         return
     for unit in todo:
         started = time.perf_counter()
+        missing = list(unit)
         try:
-            found = measure(cell, unit, pending.split.gradient)
+            for found in measure(cell, unit, pending.split.gradient):
+                new = [make_row(cell, method, measured) for method, measured in found.by_method.items()]
+                records.add(new, found.candidates)
+                for row in new:
+                    missing.remove(row.method)
+                    say(_line(row))
         except Exception as error:
-            clock.done(unit, time.perf_counter() - started)
-            yield f"{name} {', '.join(unit)}: {_reason(error)}"
-            continue
-        new = [make_row(cell, method, measured) for method, measured in found.by_method.items()]
-        records.add(new, found.candidates)
-        left = clock.done(unit, time.perf_counter() - started)
-        for row in new:
-            say(f"{_line(row)}; {left}")
+            yield f"{name} {', '.join(missing)}: {_reason(error)}"
+        say(clock.done(unit, time.perf_counter() - started))
 
 
 def _reason(error: Exception) -> str:

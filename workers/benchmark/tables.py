@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 from scipy import stats
@@ -25,18 +26,19 @@ LABELS = {
 }
 
 NOTES = """\
-Figures are of the test split, which no method has seen: means over tasks and seeds. A cell is one task with one seed.
-*Metric* is accuracy over the choices; exact match where a task has none, marked with °. ± is the standard deviation
-over seeds, in the first table of the mean over tasks. *Gain* is over the base on the same cells, *of LoRA's* that gain
-as a share of LoRA's on the cells that have both. *Better/worse*: tasks on which the method differs from the base
-significantly, in the metric and in exact match (p < .05, McNemar's exact test, two-sided, over the rows of all seeds;
-one that several test splits have counts once, by what most seeds say; of rows measured before December 2026 it is not
-known, and each counts). Intervals: 95 %, Wilson, the rows of all seeds pooled.
+Figures are of the test split, which no method has seen: the mean over tasks of a task's mean over seeds. A cell is one
+task with one seed. *Metric* is accuracy over the choices; exact match where a task has none, marked with °. ± is the
+standard deviation over the seeds that all tasks have, in the first table of the mean over tasks. *Gain* is over the
+base on the same cells, *of LoRA's* that gain as a share of LoRA's on the cells that have both. *Better/worse*: tasks on
+which the method differs from the base significantly, in the metric and in exact match (p < .05, McNemar's exact test,
+two-sided, over the rows of all seeds; one that several test splits have counts once, by what most seeds say; of rows
+measured before December 2026 it is not known, and each counts). Intervals: 95 %, Wilson, the rows of all seeds pooled;
+one that several test splits have counts as often, which makes them a little narrow.
 *Parameters* and *bytes* are those of the adapter. *Seconds* and *FB* are the cost of adapting, the test left out; a
-second is one of computing on the mean of the threads, which other processes on the machine do not lengthen. Few-shot
-prompting adapts nothing and pays with every answer: its cost is that of the test split behind the context, to be held
-against the base's *test s*, the seconds of the test split. One FB is one forward and backward over the gradient split,
-measured for each cell in the same run.
+second is one of all threads computing (processor time over threads), which other processes on the machine do not
+lengthen. Few-shot prompting adapts nothing and pays with every answer: its cost is that of the test split behind the
+context, to be held against the base's *test s*, the seconds of the test split. One FB is one forward and backward over
+the gradient split, measured for each cell in the same run.
 """
 
 SIZE_NOTES = """\
@@ -102,30 +104,31 @@ def summarise(rows: Sequence[Row]) -> list[Summary]:
 def _summary(method: str, rows: Sequence[Row]) -> Summary:
     mine = [row for row in rows if row.method == method]
     gains, lora = _gains(method, rows), _gains("lora", rows)
-    both = sorted(gains.keys() & lora.keys())
-    of_lora = sum(lora[cell] for cell in both)
+    over_base = [row for row in mine if (row.task, row.seed) in gains]
+    both = [row for row in over_base if (row.task, row.seed) in lora]
+    of_lora = mean(both, lambda row: lora[row.task, row.seed]) if both else 0.0
     tasks = sorted({row.task for row in mine})
     changes = [_directions([row for row in mine if row.task == task]) for task in tasks]
     return Summary(
         method=method,
         cells=len(mine),
-        metric=_mean([metric(row) for row in mine]),
+        metric=mean(mine, metric),
         spread=_spread(mine, metric),
-        gain=_mean(list(gains.values())) if gains else float("nan"),
-        share_of_lora=sum(gains[cell] for cell in both) / of_lora if both and of_lora > 0 else None,
+        gain=mean(over_base, lambda row: gains[row.task, row.seed]) if gains else float("nan"),
+        share_of_lora=mean(both, lambda row: gains[row.task, row.seed]) / of_lora if of_lora > 0 else None,
         better=sum(change > 0 for change, _ in changes),
         worse=sum(change < 0 for change, _ in changes),
-        exact_match=_mean([row.exact_match for row in mine]),
+        exact_match=mean(mine, lambda row: row.exact_match),
         exact_better=sum(change > 0 for _, change in changes),
         exact_worse=sum(change < 0 for _, change in changes),
-        balanced_accuracy=_mean_known([row.balanced_accuracy for row in mine]),
-        loss=_mean_known([row.loss for row in mine]),
-        drift=_mean_known([row.drift for row in mine]),
-        parameters=_mean([row.parameters_touched for row in mine]),
-        bytes=_mean([row.bytes for row in mine]),
-        seconds=_mean([row.seconds for row in mine]),
-        fb=_mean([row.fb for row in mine]),
-        test_seconds=_mean([row.test_seconds for row in mine]),
+        balanced_accuracy=_mean_known(mine, lambda row: row.balanced_accuracy),
+        loss=_mean_known(mine, lambda row: row.loss),
+        drift=_mean_known(mine, lambda row: row.drift),
+        parameters=mean(mine, lambda row: row.parameters_touched),
+        bytes=mean(mine, lambda row: row.bytes),
+        seconds=mean(mine, lambda row: row.seconds),
+        fb=mean(mine, lambda row: row.fb),
+        test_seconds=mean(mine, lambda row: row.test_seconds),
     )
 
 
@@ -146,19 +149,25 @@ def _direction(gained: int, lost: int) -> int:
     return int(np.sign(gained - lost)) if mcnemar_p(gained, lost) < SIGNIFICANT else 0
 
 
+def mean(rows: Sequence[Row], of: Callable[[Row], float]) -> float:
+    """The mean over tasks of the mean over a task's seeds: a task counts once, of however many seeds it has rows."""
+    tasks = {row.task for row in rows}
+    return float(np.mean([np.mean([of(row) for row in rows if row.task == task]) for task in sorted(tasks)]))
+
+
+def _mean_known(rows: Sequence[Row], of: Callable[[Row], float | None]) -> float | None:
+    """`mean` of the rows that know it; None where none does."""
+    known = [row for row in rows if of(row) is not None]
+    return mean(known, lambda row: of(row) or 0.0) if known else None
+
+
 def _spread(rows: Sequence[Row], of: Callable[[Row], float]) -> float | None:
-    """Standard deviation over seeds of the mean over tasks."""
-    by_seed = [_mean([of(row) for row in rows if row.seed == seed]) for seed in sorted({row.seed for row in rows})]
-    return float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values))
-
-
-def _mean_known(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return _mean(known) if known else None
+    """Standard deviation over seeds of the mean over tasks, over the seeds that all of the tasks have; None where that
+    is one."""
+    tasks = {row.task for row in rows}
+    by_seed = [[row for row in rows if row.seed == seed] for seed in sorted({row.seed for row in rows})]
+    means = [mean(mine, of) for mine in by_seed if {row.task for row in mine} == tasks]
+    return float(np.std(means, ddof=1)) if len(means) > 1 else None
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------
@@ -224,19 +233,19 @@ def _sizes(rows: Sequence[Row]) -> str:
 
 
 def _size_cells(rows: Sequence[Row]) -> list[str]:
-    means = (_mean_known([getattr(row, name) for row in rows]) for name in ("model_bytes", "peak_memory"))
-    speeds = (_mean_known([getattr(row, name) for row in rows]) for name in ("prefill", "decode"))
-    energy = _mean_known([row.energy for row in rows])
+    sizes = (_mean_known(rows, attrgetter(name)) for name in ("model_bytes", "peak_memory"))
+    speeds = (_mean_known(rows, attrgetter(name)) for name in ("prefill", "decode"))
+    energy = _mean_known(rows, lambda row: row.energy)
     return [
         label(rows[0].method),
         str(len(rows)),
-        _number(_mean_known([row.left for row in rows])),
-        _spread_out(_mean([metric(row) for row in rows]), _spread(rows, metric)),
-        f"{_mean([row.exact_match for row in rows]):.3f}",
-        _number(_mean_known([row.loss for row in rows])),
-        f"{_mean([row.fb for row in rows]):.1f}",
-        *("" if mean is None else f"{mean:.2f}" for mean in means),
-        *("" if mean is None else f"{mean:.2f} x" for mean in speeds),
+        _number(_mean_known(rows, lambda row: row.left)),
+        _spread_out(mean(rows, metric), _spread(rows, metric)),
+        f"{mean(rows, lambda row: row.exact_match):.3f}",
+        _number(_mean_known(rows, lambda row: row.loss)),
+        f"{mean(rows, lambda row: row.fb):.1f}",
+        *("" if size is None else f"{size:.2f}" for size in sizes),
+        *("" if speed is None else f"{speed:.2f} x" for speed in speeds),
         "" if energy is None else f"{energy:.2f}",
     ]
 
@@ -257,18 +266,18 @@ def _task_cells(rows: Sequence[Row]) -> list[str]:
     return [
         label(rows[0].method),
         str(len(rows)),
-        _spread_out(_mean([metric(row) for row in rows]), _spread(rows, metric), mark),
+        _spread_out(mean(rows, metric), _spread(rows, metric), mark),
         f"{interval.low:.3f} to {interval.high:.3f}",
         f"{mcnemar_p(*pooled(rows)):.2g}",
-        _number(_mean_known([row.balanced_accuracy for row in rows])),
-        _spread_out(_mean([row.exact_match for row in rows]), _spread(rows, lambda row: row.exact_match)),
-        _number(_mean_known([row.loss for row in rows])),
-        _number(_mean_known([row.drift for row in rows])),
-        f"{_mean([row.parameters_touched for row in rows]):,.0f}",
-        f"{_mean([row.bytes for row in rows]):,.0f}",
-        f"{_mean([row.seconds for row in rows]):,.1f}",
-        f"{_mean([row.fb for row in rows]):.1f}",
-        f"{_mean([row.test_seconds for row in rows]):.1f}",
+        _number(_mean_known(rows, lambda row: row.balanced_accuracy)),
+        _spread_out(mean(rows, lambda row: row.exact_match), _spread(rows, lambda row: row.exact_match)),
+        _number(_mean_known(rows, lambda row: row.loss)),
+        _number(_mean_known(rows, lambda row: row.drift)),
+        f"{mean(rows, lambda row: row.parameters_touched):,.0f}",
+        f"{mean(rows, lambda row: row.bytes):,.0f}",
+        f"{mean(rows, lambda row: row.seconds):,.1f}",
+        f"{mean(rows, lambda row: row.fb):.1f}",
+        f"{mean(rows, lambda row: row.test_seconds):.1f}",
     ]
 
 
@@ -285,9 +294,8 @@ def _sampled(rows: Sequence[Row]) -> str:
     for method in methods_of(rows):
         mine = [row for row in rows if row.method == method and row.tried and row.tried_of and row.tried < row.tried_of]
         if mine:
-            factors = [(row.tried_of or 0) / (row.tried or 1) for row in mine]
-            hours = _mean([row.seconds * factor for row, factor in zip(mine, factors, strict=True)]) / 3600
-            fb = _mean([row.fb * factor for row, factor in zip(mine, factors, strict=True)])
+            hours = mean(mine, lambda row: row.seconds * (row.tried_of or 0) / (row.tried or 1)) / 3600
+            fb = mean(mine, lambda row: row.fb * (row.tried_of or 0) / (row.tried or 1))
             lines.append(
                 f"\n{label(method)} tried a seeded sample of {mine[0].tried:,} of its {mine[0].tried_of:,} candidates "
                 f"a cell; all of them are extrapolated, not measured, to {hours:.1f} hours and {fb:,.0f} FB a cell.\n"

@@ -60,7 +60,8 @@ def find_tasks(folder: Path, names: Sequence[str] | None) -> list[Task]:
     Raises:
         InvalidInput: the folder has no such file, or a line of one is not JSON.
     """
-    there = sorted(path.stem for path in folder.glob("*.jsonl"))
+    # A hidden file is no task: some systems lay one of their own beside each.
+    there = sorted(path.stem for path in folder.glob("*.jsonl") if not path.name.startswith("."))
     if not there:
         raise InvalidInput(f"{folder} has no *.jsonl files; a task is one file of examples", param="data")
     unknown = sorted(set(names or ()) - set(there))
