@@ -304,8 +304,8 @@ def test_a_bound_that_allows_nothing_is_told_to_be_the_reason(planted: Planted) 
 
 def test_of_a_grid_the_number_that_a_bound_has_refused_is_told(planted: Planted) -> None:
     pool = encoded(planted.folder, planted.examples)
-    track = Track(list(range(60)), list(range(60, 120)))
     for refused, told in (("mlp", "; 6 of 14 candidates would"), ("layers", "14 of 14 candidates would")):
+        track = Track(list(range(60)), list(range(60, 120)))
         options = LaserOptions(retentions=(0.5,))
         search = make_search(subject(planted.folder), pool, [track], track, options, 0)
         search.jury.bound = DriftBound(lambda plan, part=refused: float(part in "".join(plan.components)), 0.5)  # type: ignore[misc]
