@@ -242,7 +242,7 @@ def test_the_pages_tell_the_numbers_that_the_code_has() -> None:
 
     words = {4: "four", 8: "eight", 16: "16"}
     method, operating = (" ".join(page.read_text().split()) for page in (DOCS / "method.md", OPERATING))
-    assert f"Under {division.CROSS_FIT_BELOW} examples gradient" in method
+    assert f"Under {division.CROSS_FIT_BELOW} examples, and without" in method
     assert f"over {words[division.FOLDS]} folds" in method
     assert f"Fewer than {words[MIN_EXAMPLES]} examples are refused" in method
     assert f"by a fifth, at most {words[ranking.SMALLEST]}. " in method and ranking.FIRST_STEP == 1 / 5

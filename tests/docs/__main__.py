@@ -1,4 +1,4 @@
-"""Renew docs/api.md and the tables of docs/operating.md: `python -m tests.docs`."""
+"""Renew docs/api.md and the tables of docs/operating.md and README.md: `python -m tests.docs`."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from tests.docs.reference import api_page
 from tests.docs.tables import errors_table, settings_table
 from tests.live import REPOSITORY
 
+README = REPOSITORY / "README.md"
 DOCS = REPOSITORY / "docs"
 API = DOCS / "api.md"
 OPERATING = DOCS / "operating.md"
@@ -18,13 +19,20 @@ OPERATING = DOCS / "operating.md"
 
 def all_pages() -> list[Path]:
     """README and every page of docs/, but records of past runs, whose commands take hours."""
-    return [REPOSITORY / "README.md", *sorted(DOCS.glob("*.md"))]
+    return [README, *sorted(DOCS.glob("*.md"))]
 
 
 def made_pages() -> dict[Path, str]:
     """What each page that is made, or has parts that are, should be now."""
+    from tests.docs.measured import methods_table, peers_table  # and with it, torch
+
     tables = {"settings": settings_table(), "errors": errors_table()}
-    return {API: api_page(openapi()), OPERATING: with_parts(OPERATING.read_text(), tables)}
+    measured = {"methods": methods_table(), "peers": peers_table()}
+    return {
+        API: api_page(openapi()),
+        OPERATING: with_parts(OPERATING.read_text(), tables),
+        README: with_parts(README.read_text(), measured),
+    }
 
 
 def openapi() -> dict[str, object]:
