@@ -135,4 +135,4 @@ def worker(data: Path, redis: EmbeddedRedis) -> Iterator[live.WorkerProcess]:
     """A worker process whose adaptation does what a job's metadata says (`tests.stand_in`)."""
     process = live.WorkerProcess(data, redis.url)
     yield process
-    process.kill()
+    process.end()

@@ -42,6 +42,14 @@ def wait_until(predicate: Callable[[], T | None], timeout: float, description: s
         threading.Event().wait(0.02)
 
 
+def is_gone(process: psutil.Process) -> bool:
+    """Whether a process has ended, also where nobody has asked for its exit code yet."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # it ended between the two looks
+        return True
+
+
 def spec(**changes: Any) -> dict[str, Any]:
     """A valid body of `POST /v1/jobs`."""
     return {"model": "tiny-llama", "examples": tiny.learnable_examples(12)} | changes
@@ -135,6 +143,14 @@ class WorkerProcess:
         """SIGKILL."""
         self._process.kill()
         self._process.wait(15)
+
+    def end(self) -> None:
+        """SIGKILL, and then to all below it: what a job has started does not see that its worker is gone."""
+        below = self.children() if self._process.poll() is None else []
+        self.kill()
+        for process in below:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 class ServeProcess:

@@ -107,6 +107,8 @@ class Receiver:
             with self._tls.wrap_socket(connection, server_side=True) as secure:
                 stream = cast(BinaryIO, secure.makefile("rb"))
                 line = stream.readline().decode().strip()
+                if not line:  # a client that ended before its request asked for nothing
+                    return
                 headers = {name.lower(): value for name, value in parse_headers(stream).items()}
                 body = stream.read(int(headers["content-length"]))
                 self.requests.append(Request(line, headers, body, self._names.pop(id(secure), None)))

@@ -230,6 +230,7 @@ def _split(run: Compressed) -> Splits:
 def test_layers_that_are_gone_take_all_that_was_in_them(layers: Compressed) -> None:
     gone = {entry.layer for entry in layers.report.structures}
     assert len(gone) == sum(len(entry.indices) for entry in layers.report.structures)
+    assert gone and layers.report.plan
     assert not any(module.layer in gone for module in layers.report.modules if _planned(layers.report, module.module))
 
 

@@ -14,7 +14,7 @@ from service import embedded
 from service.connections import connect
 from service.embedded import MAX_SOCKET_BYTES, EmbeddedRedis, find_server, socket_path
 from service.errors import Conflict, Unavailable
-from tests.live import REPOSITORY, wait_until
+from tests.live import REPOSITORY, is_gone, wait_until
 
 
 def client(server: EmbeddedRedis) -> Redis:
@@ -117,12 +117,12 @@ def test_it_dies_with_its_owner_however_that_dies(tmp_path: Path) -> None:
         [sys.executable, "-c", script, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
     )
     assert owner.stdout is not None
-    pid = int(owner.stdout.readline())
-    assert psutil.pid_exists(pid)
+    process = psutil.Process(int(owner.stdout.readline()))
+    assert not is_gone(process)
     owner.kill()
     owner.wait()
     owner.stdout.close()
-    wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie", 5, "Redis is gone")
+    wait_until(lambda: is_gone(process), 5, "Redis is gone")
     # And its folder is free at once.
     server = EmbeddedRedis(tmp_path)
     server.start()

@@ -320,11 +320,11 @@ def test_a_thousand_examples_are_accepted_in_under_100_ms(shared_api: Api) -> No
     body = json.dumps(spec(examples=tiny.learnable_examples(1000)))
     times = []
     for _ in range(7):
-        began = time.perf_counter()
+        began = time.process_time()  # the API runs in this process, and others may keep the machine busy
         assert shared_api.http.post("/v1/jobs", content=body, headers=JSON).status_code == 202
-        times.append(time.perf_counter() - began)
-    # The first reads the model; the median, since the machine may be doing something else.
-    assert sorted(times)[3] < 0.1, times
+        times.append(time.process_time() - began)
+    # The median: the first reads the model.
+    assert sorted(times)[3] < 0.05, times
 
 
 def test_routes_methods_and_parameters_that_do_not_exist_answer_in_the_same_shape(shared_api: Api) -> None:

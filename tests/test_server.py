@@ -17,11 +17,11 @@ import pytest
 
 from service.embedded import EmbeddedRedis, find_server
 from tests import tiny
-from tests.live import REPOSITORY, ServeProcess, WorkerProcess, install, spec, wait_until
+from tests.live import REPOSITORY, ServeProcess, WorkerProcess, install, is_gone, spec, wait_until
 
 
 def gone(processes: list[psutil.Process]) -> bool:
-    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+    return all(is_gone(process) for process in processes)
 
 
 def submit(server: ServeProcess, **changes: object) -> str:

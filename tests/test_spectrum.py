@@ -312,10 +312,12 @@ def test_what_was_used_longest_ago_goes_first(tmp_path: Path, decompositions: li
     SpectrumCache(tmp_path).get(weights[0])
     size = next(tmp_path.iterdir()).stat().st_size
     cache = SpectrumCache(tmp_path, limit_bytes=3 * size)
-    for k in (1, 2):
+    aged: set[Path] = set()
+    for k in range(3):
         cache.get(weights[k])
-    for age, file in enumerate(sorted(tmp_path.iterdir(), key=lambda file: file.stat().st_mtime_ns)):
-        os.utime(file, (age, age))
+        (new,) = set(files(cache)) - aged
+        os.utime(new, (k, k))
+        aged.add(new)
     cache.get(weights[0])  # the oldest is used again, so the second oldest is now first to go
     cache.get(weights[3])
     assert len(files(cache)) == 3

@@ -12,7 +12,7 @@ import pytest
 
 from service.queue import LEASE_SECONDS
 from service.workforce import WorkerState, list_workers
-from tests.live import Api, WorkerProcess, wait_until
+from tests.live import Api, WorkerProcess, is_gone, wait_until
 
 
 def test_a_job_succeeds_and_its_files_appear(api: Api, worker: WorkerProcess) -> None:
@@ -46,7 +46,7 @@ def test_cancel_kills_a_running_job_in_two_seconds(api: Api, worker: WorkerProce
     took = time.monotonic() - began
     assert job["status"] == "cancelled"
     assert took < 2
-    assert not any(process.is_running() and process.status() != "zombie" for process in processes)
+    assert all(is_gone(process) for process in processes)
     assert list((data / "artifacts" / "work").iterdir()) == []
     assert list((data / "artifacts" / "blobs").rglob("*")) == []
     assert api.http.get(f"/v1/jobs/{job_id}/files").status_code == 409
@@ -107,10 +107,13 @@ def test_a_worker_that_is_to_end_now_hands_its_job_back(
     job_id = api.submit(metadata={"do": "stubborn"})
     wait_until(lambda: api.job(job_id)["progress"]["stage"] == "searching", 30, "the job is at work")
     processes = worker.children()
+    *first, last = signals
     began = time.monotonic()
-    for number in signals:
+    for number in first:
         worker.signal(number)
-        wait_until(lambda: stopping_or_gone(api), 5, "the worker has heard it")
+        wait_until(lambda: states(api) == [WorkerState.STOPPING], 5, "the worker has heard it")
+        assert api.job(job_id)["status"] == "running"
+    worker.signal(last)
     assert worker.wait() == 0
     assert time.monotonic() - began < 5
     assert not any(process.is_running() for process in processes)
@@ -121,9 +124,9 @@ def test_a_worker_that_is_to_end_now_hands_its_job_back(
 
 
 def test_a_worker_that_is_to_end_lets_its_job_finish(api: Api, worker: WorkerProcess) -> None:
-    job_id = api.submit(metadata={"do": "slow"})
+    # Both at once, since the first works for no more than a second; one worker takes them in this order.
+    job_id, other = api.submit(metadata={"do": "slow"}), api.submit()
     wait_until(lambda: api.job(job_id)["progress"]["stage"] == "searching", 30, "the job is at work")
-    other = api.submit()
     assert worker.terminate() == 0
     assert (api.job(job_id)["status"], api.job(other)["status"]) == ("succeeded", "queued")
 
@@ -145,10 +148,7 @@ def test_a_job_never_outlives_the_lease_of_its_frozen_worker(api: Api, worker: W
     worker.signal(signal.SIGSTOP)
     lease = f"c2i:job:{job_id}:lease:1"
     gone = wait_until(
-        lambda: (
-            not any(process.is_running() and process.status() != "zombie" for process in processes)
-            and api.service.queue.redis.pttl(lease)
-        ),
+        lambda: all(is_gone(process) for process in processes) and api.service.queue.redis.pttl(lease),
         LEASE_SECONDS,
         "the job's processes are gone while the lease holds",
     )
@@ -182,7 +182,7 @@ def test_a_job_dies_with_its_killed_worker_and_is_queued_again_in_30_seconds(
     child = worker.children()[0]
     worker.kill()
     began = time.monotonic()
-    wait_until(lambda: not child.is_running() or child.status() == "zombie", 2, "the child is gone")
+    wait_until(lambda: is_gone(child), 2, "the child is gone")
     api.await_status(job_id, "queued", timeout=30)
     assert time.monotonic() - began < 30
     second = WorkerProcess(data, redis_url(data))
@@ -217,9 +217,8 @@ def test_the_parent_has_no_thread_but_its_own(worker: WorkerProcess, api: Api) -
     assert psutil.Process(worker.pid).num_threads() == 1
 
 
-def stopping_or_gone(api: Api) -> bool:
-    workers = list_workers(api.service.queue.redis)
-    return all(worker.state is WorkerState.STOPPING for worker in workers)
+def states(api: Api) -> list[WorkerState]:
+    return [worker.state for worker in list_workers(api.service.queue.redis)]
 
 
 def redis_url(data: Path) -> str:
