@@ -81,7 +81,7 @@ def test_an_idle_worker_starts_a_job_at_once(server: ServeProcess, job: dict[str
 
     def waited() -> float:
         # It has just looked for a job in vain: one that looked once a second would let the next job wait for long.
-        wait_until(idle, 10, "the worker is idle")
+        wait_until(idle, 30, "the worker is idle")
         fresh = run(server.http, model="tiny-gpt2", examples=tiny.learnable_examples(40))
         created, started = (datetime.fromisoformat(fresh[name]) for name in ("created_at", "started_at"))
         return (started - created).total_seconds()
