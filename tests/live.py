@@ -145,12 +145,19 @@ class WorkerProcess:
         self._process.wait(15)
 
     def end(self) -> None:
-        """SIGKILL, and then to all below it: what a job has started does not see that its worker is gone."""
-        below = self.children() if self._process.poll() is None else []
+        """SIGKILL, first to all below it: what a job has started does not see that its worker is gone."""
+
+        def cleared() -> bool:
+            below = [process for process in self.children() if not is_gone(process)]
+            for process in below:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            return not below
+
+        if self._process.poll() is None:
+            self.signal(signal.SIGSTOP)  # it would start its job again; what its job leaves is its own meanwhile
+            wait_until(cleared, 10, "all below the worker are gone")
         self.kill()
-        for process in below:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
 
 
 class ServeProcess:

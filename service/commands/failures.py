@@ -75,5 +75,5 @@ def _next_step(error: C2IError) -> str | None:
         return "mend the line" + ("; --dry-run checks the file and makes no job" if sys.argv[1] == "submit" else "")
     if isinstance(error, InvalidInput) and error.param:
         of_a_file = error.param.startswith(("examples", "validation", "test"))
-        return None if of_a_file else f"`c2i {sys.argv[1]} --help` says what there is to choose"
+        return "mend the file" if of_a_file else f"`c2i {sys.argv[1]} --help` says what there is to choose"
     return next((step for kind, step in NEXT.items() if isinstance(error, kind)), None)
