@@ -226,7 +226,6 @@ def test_the_effects_of_all_blocks_of_a_weight_sum_to_those_of_the_whole(
     torch.testing.assert_close(sum(sums[4:]), sums[0])
 
 
-@pytest.mark.usefixtures("double")
 @pytest.mark.parametrize(("architecture", "blocks"), [("olmo", 1), ("olmo", 4), ("ctrl", 1), ("ctrl", 4)])
 def test_a_model_may_change_in_place_what_a_module_gives_it(
     architecture: str, blocks: int, tiny_models: TinyModels
@@ -248,6 +247,7 @@ def test_a_model_may_change_in_place_what_a_module_gives_it(
             assert together == pytest.approx(whole, rel=1e-3, abs=1e-4), target.name
 
 
+@pytest.mark.usefixtures("double")
 def test_after_a_pass_the_removed_components_have_no_effect_and_the_others_that_on_the_changed_model(
     tiny_models: TinyModels,
 ) -> None:
