@@ -3,6 +3,7 @@ the file and the line."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import sys
@@ -25,7 +26,7 @@ def read(path: Path) -> JsonLines:
     """
     if path == STDIN:
         content = sys.stdin.buffer.read()
-        is_json = jsonl.decode("stdin", content).lstrip()[:1] in ("{", "[", "")
+        is_json = content.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"[", b"")
         return jsonl.parse("stdin", content) if is_json else _parse_csv("stdin", content)
     try:
         content = path.read_bytes()
