@@ -67,17 +67,27 @@ class Effects:
 @contextmanager
 def _hooked(model: nn.Module, recorders: Sequence[Recorder]) -> Iterator[None]:
     """The recorders' hooks, and gradients that reach the first block though no parameter wants one."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
     with ExitStack() as stack:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-            stack.callback(parameter.requires_grad_, True)
+        stack.enter_context(frozen(model))
         embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
         handles = [embeddings.register_forward_hook(want_gradient)]
         handles += [handle for recorder in recorders for handle in recorder.attach()]
         for handle in handles:
             stack.callback(handle.remove)
         yield
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter of the model requires a gradient, for the length of the context."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
 
 
 def want_gradient(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:

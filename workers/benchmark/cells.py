@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from workers.benchmark.tasks import Split
 from workers.drift import NeutralText, encode_neutral, paragraphs
 from workers.evaluation import Outcome, evaluate, losses, score
 from workers.examples import Batch, Encoded, Layout
-from workers.gradients import Checkpointing, want_gradient
+from workers.gradients import Checkpointing, frozen, want_gradient
 from workers.loading import Checkpoint
 from workers.spectrum import Spectrum, SpectrumCache
 from workers.subject import Subject
@@ -157,16 +156,3 @@ def measure_fb(model: nn.Module, rows: Sequence[Encoded], layout: Layout) -> flo
                 return now() - started
         finally:
             handle.remove()
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter of the model requires a gradient, for the length of the context."""
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)

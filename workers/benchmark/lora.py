@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from service.errors import UnusableModel
 from workers.batching import in_batches
-from workers.benchmark.cells import OBJECTIVE, Cell, frozen
+from workers.benchmark.cells import OBJECTIVE, Cell
 from workers.benchmark.clock import now
 from workers.evaluation import Outcome, evaluate, losses, score
 from workers.examples import Batch
-from workers.gradients import Checkpointing
+from workers.gradients import Checkpointing, frozen
 from workers.progress import folder_bytes
 
 RANK = 8
